@@ -1,0 +1,136 @@
+"""A checkpoint file -> the host's MODEL: read by our loaders, detected and built by the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..formats import Int8Weight, QuantizedWeight
+from ..loaders.branch import Branch, load_branch, unconditional_source
+from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
+from ..loaders.errors import CheckpointError, counted
+from ..loaders.ideogram4 import TEXT_ONLY_MODULES
+from ..loaders.policy import quantizes
+from . import compat, layouts
+from .files import HostFile
+from .ops import LoadSettings, make_operations
+from .patcher import adopt
+
+logger = logging.getLogger(__name__)
+
+SAME_FILE, NONE = "same file", "none"
+COMPUTE_MODES = ("auto", "int8", "exact")
+DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadRequest:
+    """Everything that decides how one branch is loaded; equal requests load equal models.
+
+    path: the checkpoint. base_path: what supplies what an incomplete layout lacks. compute_mode: one of COMPUTE_MODES.
+    dtype: a key of DTYPES, of activations and unquantized weights. quantize: whether float and FP8 linears become INT8.
+    protected: parts of layer names that are never quantized on the fly.
+    """
+
+    path: str
+    branch: str = CONDITIONAL
+    base_path: str | None = None
+    compute_mode: str = "auto"
+    dtype: str = "default"
+    quantize: bool = False
+    protected: tuple[str, ...] = ()
+
+
+def load_pair(request: LoadRequest, unconditional: str, unconditional_base_path: str | None = None):
+    """The models of the conditional and the unconditional branch.
+
+    unconditional: `same file`, `none` (the same model for both, for ordinary CFG) or the path of another file.
+    Raises CheckpointError and RuntimeError with a sentence for the person who picked the files.
+    """
+    negative_request = None
+    if unconditional == SAME_FILE:
+        if unconditional_source(request.path, HostFile):
+            negative_request = dataclasses.replace(request, branch=UNCONDITIONAL, base_path=unconditional_base_path)
+    elif unconditional != NONE:
+        _warn_about_names(request.path, unconditional)
+        negative_request = dataclasses.replace(
+            request, path=unconditional, branch=UNCONDITIONAL, base_path=unconditional_base_path
+        )
+    model = load_model(request)
+    return model, model if negative_request is None else load_model(negative_request)
+
+
+def load_model(request: LoadRequest, disable_dynamic: bool = False) -> ModelPatcher:
+    """Load one branch as the host's MODEL. Raises CheckpointError and RuntimeError naming the file."""
+    compat.check_host()
+    compat.allow_saving_offloaded_integers()
+    branch = load_branch(request.path, request.branch, request.base_path, HostFile)
+    settings = LoadSettings(os.path.basename(request.path), request.compute_mode)
+    if request.quantize and not any(isinstance(weight, Int8Weight) for weight in branch.weights.values()):
+        settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
+    model_options = {"custom_operations": make_operations(settings)}
+    dtype = DTYPES[request.dtype]
+    if dtype is not None:
+        model_options["dtype"] = dtype
+    metadata = {key: value for key, value in branch.metadata.items() if isinstance(value, str)}
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        host_state_dict(branch, dtype or torch.bfloat16), model_options, metadata, disable_dynamic
+    )
+    if patcher is None:
+        raise _unknown_model(branch)
+    _check_complete(branch, settings)
+    patcher.cached_patcher_init = (load_model, (request,))
+    return adopt(patcher)
+
+
+def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The branch as the host's detection and modules read it: quantized linear weights with their logical shapes.
+
+    Only a two-dimensional `weight` can belong to a product; everything else that is quantized is unpacked here.
+    """
+    state_dict = {}
+    for key, weight in branch.weights.items():
+        if not isinstance(weight, QuantizedWeight):
+            state_dict[key] = weight
+        elif len(weight.shape) == 2 and key.endswith("weight"):
+            state_dict[key] = layouts.to_host(weight, dtype)
+        else:
+            state_dict[key] = weight.dequantize(dtype)
+    return state_dict
+
+
+def _check_complete(branch: Branch, settings: LoadSettings) -> None:
+    """Refuse a half-loaded model: the host only logs what a file did not supply."""
+    missing = [key for key in settings.missing_keys if key.endswith(("weight", "bias"))]
+    if branch.name == UNCONDITIONAL:
+        missing = [key for key in missing if not key.startswith(TEXT_ONLY_MODULES)]
+    if missing:
+        raise CheckpointError(
+            branch.path,
+            found=f"that {counted(len(missing), 'tensor')} of the model are missing, such as {missing[0]}",
+            expected="every weight of the model",
+            todo="The file is incomplete or of another version of the model; download it again or pick another one.",
+        )
+
+
+def _unknown_model(branch: Branch) -> CheckpointError:
+    names = ", ".join(list(branch.weights)[:3])
+    return CheckpointError(
+        branch.path,
+        found=f"{counted(len(branch.weights), 'tensor')} ({names}, …) of no diffusion model that this ComfyUI knows",
+        expected="a diffusion model",
+        todo="If it is a text encoder or a VAE, move it to its folder and use its loader; if the model is new, update "
+        "ComfyUI.",
+    )
+
+
+def _warn_about_names(path: str, unconditional: str) -> None:
+    if branch_of_name(path) == UNCONDITIONAL or branch_of_name(unconditional) == CONDITIONAL:
+        names = os.path.basename(path), os.path.basename(unconditional)
+        logger.warning("Lowbit: going by their names, %s and %s are the wrong way round: conditional first.", *names)

@@ -1,0 +1,245 @@
+"""The operations class of one load: the host builds the model from these modules.
+
+A class made fresh for each load holds that load's settings; nothing is written on shared classes, so two loader nodes
+with different settings never disturb each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ..formats import Fp8Weight, GgmlWeight, Int8Weight, QuantizedWeight, int8
+from ..kernels.int8_linear import int8_linear  # noqa: F401  (registers the op before a model is compiled)
+from ..kernels.quantized_linear import ggml_weight_linear, int8_weight_linear, wants_int8
+from ..kernels.unpack_to_int8 import unpack_to_int8
+from . import layouts
+from .lora import LowRankTerm
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class LoadSettings:
+    """What one load decided, and what it found out.
+
+    file_name: for messages. compute_mode: `auto`, `int8` or `exact`. quantize_layer: whether a float linear weight of
+    this module name and shape [N, K] is quantized to INT8 at load. missing_keys: filled by the load, what the file did
+    not supply.
+    """
+
+    file_name: str
+    compute_mode: str
+    quantize_layer: Callable[[str, int, int], bool] = lambda name, N, K: False
+    missing_keys: list[str] = dataclasses.field(default_factory=list)
+
+    def mode_for(self, weight: QuantizedWeight, device: torch.device) -> str:
+        """`int8` or `exact` for a weight on a device.
+
+        `auto` takes the INT8 product where it pays: for INT8 weights on a CUDA device with int8 tensor cores. GGUF
+        weights would have to be unpacked to int8 rows first, which in plain torch costs more than the product saves.
+        """
+        if self.compute_mode != "auto":
+            return self.compute_mode
+        if not isinstance(weight, Int8Weight) or device.type != "cuda":
+            return "exact"
+        has_int8_units = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
+        return "int8" if has_int8_units else "exact"
+
+
+def make_operations(settings: LoadSettings) -> type:
+    """A fresh operations class for one load, to be passed to the host as `custom_operations`."""
+    layouts.register()
+    host_operations = comfy.ops.mixed_precision_ops()
+
+    class LowbitOperations(host_operations):
+        class Linear(LowbitLinear, host_operations.Linear):
+            lowbit_settings = settings
+
+        class Embedding(LowbitEmbedding, host_operations.Embedding):
+            pass
+
+    return LowbitOperations
+
+
+class LowbitLinear:
+    """A linear layer whose weight may be quantized: mixed into the host's mixed-precision Linear.
+
+    model_patches, hook_patches: low-rank terms of LoRA nodes and of hooks, applied as a side path.
+    """
+
+    lowbit_settings: LoadSettings
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if dtype is not None:
+            # The host's class allocates in one dtype for all layers, stock models in the dtype that a layer asks for.
+            self.factory_kwargs["dtype"] = dtype
+            if self.bias is not None:
+                self.bias = torch.nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        # What dynamic VRAM casts a float weight to when it moves it.
+        self.weight_comfy_model_dtype = self.factory_kwargs["dtype"]
+        self.model_patches: list[LowRankTerm] = []
+        self.hook_patches: list[LowRankTerm] = []
+        self._row_scale: torch.Tensor | None = None
+        self.register_load_state_dict_post_hook(_keep_missing_keys)
+
+    # Loading
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        weight = state_dict.pop(f"{prefix}weight", None)
+        if weight is not None:
+            self._set_loaded_weight(weight, prefix[:-1])
+        torch.nn.Module._load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+        )
+        if weight is not None and f"{prefix}weight" in missing_keys:
+            missing_keys.remove(f"{prefix}weight")
+        elif weight is None:
+            self.weight = None
+            if f"{prefix}weight" not in missing_keys:
+                missing_keys.append(f"{prefix}weight")
+
+    def _set_loaded_weight(self, weight: torch.Tensor, name: str) -> None:
+        expected = (self.out_features, self.in_features)
+        if tuple(weight.shape) != expected:
+            raise ValueError(
+                f"{self.lowbit_settings.file_name}: the weight of {name} has shape {tuple(weight.shape)}, the model "
+                f"expects {expected}. The file belongs to another model or a newer version of it."
+            )
+        dtype = self.factory_kwargs["dtype"]
+        quantized = layouts.from_host(weight)
+        if quantized is None or isinstance(quantized, Fp8Weight):
+            if self.lowbit_settings.quantize_layer(name, *expected):
+                quantized = quantize_on_the_fly(weight)
+            else:
+                # A float weight stays in the file's dtype, on the file's mapping: the host casts it where it is used.
+                self.weight = torch.nn.Parameter(weight if quantized is None else quantized.dequantize(dtype), False)
+                return
+        self._set_quantized_weight(layouts.to_host(quantized, dtype))
+
+    def _set_quantized_weight(self, weight: QuantizedTensor) -> None:
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.layout_type = weight._layout_cls
+        self.quant_format = layouts.saved_format(layouts.from_host(weight))
+
+    # Computing
+
+    def forward(self, input, *args, **kwargs):
+        if layouts.from_host(self.weight) is None:
+            return super().forward(input, *args, **kwargs)
+        comfy.ops.run_every_op()
+        weight, bias, offload_stream = comfy.ops.cast_bias_weight(
+            self,
+            dtype=self.weight.dtype,
+            device=input.device,
+            bias_dtype=input.dtype,
+            offloadable=True,
+            compute_dtype=input.dtype,
+            want_requant=True,
+        )
+        y = self._linear(input, weight, bias)
+        for term in (*self.model_patches, *self.hook_patches):
+            term.add_to(y, input)
+        comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
+        return y
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        quantized = layouts.from_host(weight)
+        if quantized is None:  # the host has unpacked it for a patch
+            return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+        mode = self.lowbit_settings.mode_for(quantized, x.device)
+        if isinstance(quantized, Int8Weight):
+            return int8_weight_linear(x, quantized, bias, mode)
+        if not wants_int8(x, mode):
+            return ggml_weight_linear(x, quantized, bias, "exact")
+        return ggml_weight_linear(x, quantized, bias, mode, self._row_scale_of(quantized))
+
+    def _row_scale_of(self, weight: GgmlWeight) -> torch.Tensor | None:
+        """The row scales of this module's own weight, found once; None for one that the host patched."""
+        if self.weight_lowvram_function is not None:
+            return None
+        if self._row_scale is None or self._row_scale.device != weight.data.device:
+            self._row_scale = unpack_to_int8(weight.data, weight.ggml_type)[1]
+        return self._row_scale
+
+    def register_parameter(self, name, param):
+        """However the weight is replaced or moved, it comes through here: what was found out about the old one ends."""
+        if name == "weight":
+            self._row_scale = None
+        super().register_parameter(name, param)
+
+    # What the host's patchers call
+
+    weight_lowvram_function: Callable | None = None  # set on the instance by dynamic VRAM
+
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        """The float weight that the host merges patches into."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """Take a merged float weight back, in this weight's format where it has a quantizer, else as floats."""
+        quantized = layouts.from_host(self.weight)
+        if quantized is not None and layouts.can_requantize(quantized) and weight.shape == self.weight.shape:
+            weight = self.weight.requantize_from_float(weight)
+        weight = weight.to(self.weight.dtype)
+        if return_weight:
+            return weight
+        if inplace_update and quantized is None:
+            self.weight.data.copy_(weight)
+        else:  # the `data` of a quantized parameter has scales of its own: writing to it would change the bytes alone
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        """The host's, which writes the rotation of its own format only."""
+        saved = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        quantized = layouts.from_host(self.weight)
+        if isinstance(quantized, Int8Weight) and self.quant_format != layouts.INT8_FORMAT and quantized.rotation_group:
+            marker = {"format": self.quant_format, "convrot": True, "convrot_groupsize": quantized.rotation_group}
+            saved[f"{prefix}comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
+        return saved
+
+    def __getattr__(self, name):
+        # The host's model merging reads every key of the state dict as an attribute of its module.
+        if name in ("comfy_quant", "weight_scale", "weight_smooth"):
+            saved = self.state_dict()
+            if name in saved:
+                return saved[name]
+        return super().__getattr__(name)
+
+
+class LowbitEmbedding:
+    """An embedding reads rows, not products: a quantized table is unpacked at load."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        quantized = layouts.from_host(state_dict.get(f"{prefix}weight"))
+        if quantized is not None:
+            state_dict[f"{prefix}weight"] = quantized.dequantize(self.weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def quantize_on_the_fly(weight: torch.Tensor) -> QuantizedWeight:
+    """A float or FP8 weight [N, K] as an INT8 weight with per-channel scales, found on the device that runs models."""
+    quantized = layouts.from_host(weight)
+    device = comfy.model_management.get_torch_device()
+    values = weight.to(device) if quantized is None else _moved(quantized, device).dequantize()
+    return _moved(int8.quantize_weight(values.float()), weight.device)
+
+
+def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    return dataclasses.replace(weight, **{name: tensor.to(device) for name, tensor in weight.tensors().items()})
+
+
+def _keep_missing_keys(module: LowbitLinear, incompatible_keys) -> None:
+    # One list object runs through the whole load: what it holds at the end is what the file did not supply.
+    module.lowbit_settings.missing_keys = incompatible_keys.missing_keys
+
+
+__all__ = ["GgmlWeight", "LoadSettings", "LowbitLinear", "make_operations"]

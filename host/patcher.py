@@ -1,0 +1,184 @@
+"""LoRA, merging and saving of quantized weights under the host's patchers.
+
+The host would merge every patch into the weight and pack it again. Here low-rank patches go to the module as a side
+path, and other small ones are applied to the unpacked weight where it is used; only a merge of whole models is packed
+again. What the modules do follows from the patcher's patches alone, set anew after each load, in whatever order models
+were loaded in part, unloaded or patched before.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import comfy.lora
+import comfy.utils
+import torch
+from comfy.model_patcher import (
+    LazyCastingParam,
+    LazyCastingParamPiece,
+    LazyCastingQuantizedParam,
+    LowVramPatch,
+    ModelPatcher,
+    ModelPatcherDynamic,
+)
+from comfy.patcher_extension import CallbacksMP
+
+from . import layouts
+from .lora import low_rank_terms, small_changes
+from .ops import LowbitLinear
+
+
+def adopt(patcher: ModelPatcher) -> ModelPatcher:
+    """Make a patcher that the host built one of ours, clones and non-dynamic delegates included."""
+    _take_class(None, patcher)
+    patcher.add_callback(CallbacksMP.ON_CLONE, _take_class)
+    return patcher
+
+
+def _take_class(_source, patcher: ModelPatcher) -> None:
+    # The host chooses the class itself, when loading as when it clones a dynamic patcher for hooks.
+    ours = {ModelPatcher: LowbitModelPatcher, ModelPatcherDynamic: LowbitModelPatcherDynamic}
+    patcher.__class__ = ours.get(type(patcher), type(patcher))
+
+
+class _Backup(NamedTuple):
+    """What the host restores a weight from."""
+
+    weight: torch.Tensor
+    inplace_update: bool = False
+
+
+class _HookPatch:
+    """A hook's patches of one weight, applied to the unpacked weight where it is used."""
+
+    def __init__(self, key: str, patches: list[tuple], original: torch.Tensor):
+        self.key, self.patches, self.original_weights = key, patches, {key: [(original,)]}
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        return comfy.lora.calculate_weight(
+            self.patches, weight, self.key, weight.dtype, original_weights=self.original_weights
+        )
+
+
+class _KeepsQuantized:
+    """What both of the host's patchers need: mixed into each."""
+
+    def load(self, *args, **kwargs):
+        super().load(*args, **kwargs)
+        self._hand_over_patches()
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            for _, module in self._linears():
+                _without_patches(module)
+
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+        module = None if return_weight else self._quantized_linear(key)
+        if module is None or not (force_cast or key in self.patches) or self._is_packed_again(key, module):
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        if force_cast:
+            # Dynamic VRAM moves small modules over in this way. The host would unpack the weight and pack it again.
+            self.backup.setdefault(key, _Backup(module.weight))
+            comfy.utils.set_attr_param(self.model, key, module.weight.to(device_to))
+        return None
+
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        state_dict = super().model_state_dict_for_saving(model, prefix)
+        for name, module in self._linears():
+            key = f"{name}.weight"
+            if key not in self.patches or not key.startswith(prefix) or layouts.from_host(module.weight) is None:
+                continue
+            if key in self.backup and self._is_packed_again(key, module):
+                continue  # merged already
+            stored, leaf = module.weight.state_dict(key), key.removeprefix(prefix)
+            if layouts.can_requantize(layouts.from_host(module.weight)):
+                caster = LazyCastingQuantizedParam(self, key)
+                for piece, tensor in stored.items():
+                    state_dict[piece.removeprefix(prefix)] = LazyCastingParamPiece(caster, piece, tensor)
+            else:
+                for piece in (*stored, f"{name}.comfy_quant"):
+                    del state_dict[piece.removeprefix(prefix)]
+                placeholder = torch.empty(module.weight.shape, dtype=module.weight.dtype, device="meta")
+                state_dict[leaf] = LazyCastingParam(self, key, placeholder)
+        return state_dict
+
+    def _hand_over_patches(self) -> None:
+        """Make the quantized linears apply this patcher's patches, and no others."""
+        for name, module in self._linears():
+            key = f"{name}.weight"
+            if layouts.from_host(module.weight) is None or (key in self.patches and self._is_packed_again(key, module)):
+                module.model_patches = []
+                continue
+            _without_patches(module)
+            if key not in self.patches:
+                continue
+            terms = None if key in self.weight_wrapper_patches else low_rank_terms(self.patches[key])
+            if terms is not None:
+                module.model_patches = terms
+            else:
+                module.weight_function = [LowVramPatch(key, self.patches), *module.weight_function]
+
+    def _is_packed_again(self, key: str, module: LowbitLinear) -> bool:
+        """Whether the patches of a quantized weight are left to the host, which merges them into it."""
+        if key not in self.patches:
+            return False
+        resized = comfy.lora.calculate_shape(self.patches[key], module.weight, key) != module.weight.shape
+        return resized or not small_changes(self.patches[key])
+
+    def _linears(self) -> list[tuple[str, LowbitLinear]]:
+        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, LowbitLinear)]
+
+    def _quantized_linear(self, key: str) -> LowbitLinear | None:
+        name, _, leaf = key.rpartition(".")
+        if leaf != "weight":
+            return None
+        module = comfy.utils.get_attr(self.model, name)
+        is_ours = isinstance(module, LowbitLinear) and layouts.from_host(module.weight) is not None
+        return module if is_ours else None
+
+
+def _without_patches(module: LowbitLinear) -> None:
+    module.model_patches = []
+    module.weight_function = [function for function in module.weight_function if not isinstance(function, LowVramPatch)]
+    module.weight_lowvram_function = None
+
+
+class LowbitModelPatcherDynamic(_KeepsQuantized, ModelPatcherDynamic):
+    """The host's patcher for dynamic VRAM. It leaves hooks to a delegate of the other class."""
+
+
+class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
+    """The host's plain patcher: on the CPU, without dynamic VRAM, and for hooks."""
+
+    def partially_unload(self, *args, **kwargs):
+        freed = super().partially_unload(*args, **kwargs)
+        self._hand_over_patches()
+        return freed
+
+    # The host overwrites hooked weights in place and restores bytes without scales: quantized ones stay as they are.
+
+    def patch_hooks(self, hooks):
+        super().patch_hooks(hooks)
+        if hooks is None:
+            return
+        for key, patches in self.get_combined_hook_patches(hooks).items():
+            module = self._quantized_linear(key)
+            if module is None:
+                continue
+            terms = None if key in self.weight_wrapper_patches else low_rank_terms(patches)
+            if terms is not None:
+                module.hook_patches = terms
+            else:
+                original = self.backup[key].weight if key in self.backup else module.weight
+                module.weight_function = [*module.weight_function, _HookPatch(key, patches, original)]
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+        if key not in combined_patches or self._quantized_linear(key) is None:
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        super().unpatch_hooks(whitelist_keys_set)
+        for _, module in self._linears():
+            module.hook_patches = []
+            module.weight_function = [f for f in module.weight_function if not isinstance(f, _HookPatch)]

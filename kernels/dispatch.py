@@ -1,0 +1,91 @@
+"""Which implementation computes an op: ask each one in order, take the first that accepts, say once which and why.
+
+An implementation is a module with `supports(call) -> str | None` (the reason it cannot run the call, or None) and
+`run(call)`. Modules load at first use, so importing the pack never imports Triton; one that fails to import refuses
+every call with that error. An implementation asked for by name must accept the call, else its reason is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_named: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowbit_implementation", default=None)
+
+
+@contextlib.contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Compute every op inside the `with` block by the implementation of this name (`reference`, `torch_impl`, ...)."""
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An op of the package `package`, with its implementations' module names, fastest first; the last is the
+    definition."""
+
+    package: str
+    implementations: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.package.rpartition(".")[2]
+
+    def refusals(self, call: Any) -> dict[str, str | None]:
+        """Every implementation's answer to the call: None where it accepts, otherwise its reason."""
+        return {name: _supports(self.package, name, call) for name in self.implementations}
+
+    def pick(self, call: Any) -> ModuleType:
+        """The implementation that runs the call. Raises RuntimeError with all reasons when none does."""
+        named = _named.get()
+        if named in self.implementations:
+            if reason := _supports(self.package, named, call):
+                raise RuntimeError(f"{self.name}: the implementation {named!r} was asked for, but it {reason}")
+            return _load(self.package, named)
+        refused = {}
+        for name in self.implementations:
+            reason = _supports(self.package, name, call)
+            if reason is None:
+                _log_choice(self.name, name, tuple(refused.items()))
+                return _load(self.package, name)
+            refused[name] = reason
+        raise RuntimeError(f"{self.name}: no implementation can run this call: {_reasons(tuple(refused.items()))}")
+
+    def run(self, call: Any) -> Any:
+        """Run the call by the implementation that `pick` chooses."""
+        return self.pick(call).run(call)
+
+
+@functools.cache
+def _load(package: str, name: str) -> ModuleType | str:
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    except ImportError as error:
+        return f"failed to import: {error}"
+
+
+def _supports(package: str, name: str, call: Any) -> str | None:
+    module = _load(package, name)
+    return module if isinstance(module, str) else module.supports(call)
+
+
+def _reasons(refused: tuple[tuple[str, str], ...]) -> str:
+    return "; ".join(f"{name} {reason}" for name, reason in refused)
+
+
+@functools.cache
+def _log_choice(op: str, name: str, refused: tuple[tuple[str, str], ...]) -> None:
+    logger.info("Lowbit: %s is computed by %s%s", op, name, f" ({_reasons(refused)})" if refused else "")

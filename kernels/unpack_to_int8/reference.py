@@ -1,0 +1,35 @@
+"""wq = clamp(round(w / row_scale), -127, 127) with w in float32, a chunk of rows at a time to bound the temporaries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...formats import ggml
+
+if TYPE_CHECKING:
+    from . import UnpackToInt8Call
+
+CHUNK_ELEMENTS = 2**24
+
+
+def supports(call: UnpackToInt8Call) -> str | None:
+    """None: the definition runs every call, on any device."""
+    return None
+
+
+def run(call: UnpackToInt8Call) -> tuple[torch.Tensor, torch.Tensor]:
+    N, K = call.blocks.shape[0], ggml.logical_K(call.ggml_type, call.blocks.shape[1])
+    wq = torch.empty((N, K), dtype=torch.int8, device=call.blocks.device)
+    row_scale = call.row_scale
+    if row_scale is None:
+        row_scale = torch.empty((N, 1), dtype=torch.float32, device=call.blocks.device)
+    rows = max(1, CHUNK_ELEMENTS // K)
+    for start in range(0, N, rows):
+        chunk = slice(start, start + rows)
+        w = ggml.dequantize(call.blocks[chunk], call.ggml_type)
+        if call.row_scale is None:
+            row_scale[chunk] = (w.abs().amax(dim=1, keepdim=True) / 127.0).clamp(min=1e-30)
+        wq[chunk] = (w / row_scale[chunk]).round_().clamp_(-127, 127).to(torch.int8)
+    return wq, row_scale

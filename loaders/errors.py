@@ -1,0 +1,37 @@
+"""The one error of this folder: a file that cannot be loaded, told to the person who picked it."""
+
+from __future__ import annotations
+
+import os
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that cannot be read: which file, what was found, what was expected, what to do.
+
+    `found` and `expected` are phrases without a full stop, `todo` is a sentence.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, found: str, expected: str, todo: str):
+        self.path = printable(os.fspath(path))
+        self.found, self.expected, self.todo = found, expected, todo
+        name = os.path.basename(self.path.rstrip("/\\")) or self.path
+        super().__init__(f"{name}: found {found}, expected {expected}. {todo} (File: {self.path})")
+
+
+def printable(text: str | bytes) -> str:
+    """`text` as something that every log and web page can show: undecodable parts become question marks."""
+    text = os.fsdecode(text) if isinstance(text, bytes) else text
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "?")
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """A value from the file, quoted and cut: nothing a file holds can flood or break an error box."""
+    if isinstance(value, (str, bytes)) and len(value) > limit:
+        return f"{value[:limit]!r}…"
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else f"a number of {value.bit_length()} bits"
+    return text if len(text) <= limit + 2 else text[:limit] + "…"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,0 +1,28 @@
+"""Which linear layers are quantized on the fly, when a float checkpoint is loaded as INT8."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# Below this the product is too small for int8 to pay, and the layer too small for its bytes to matter.
+SMALLEST_DIMENSION = 256
+
+_IN_BLOCK = re.compile(r"(^|\.)\d+\.")  # `layers.7.attention.qkv`: a layer of the repeated blocks
+_ONE_TOKEN = re.compile(
+    r"adaln|modulation|(^|[._])mod([._]|$)|norm|embed", re.IGNORECASE
+)  # computed at M=1, or no product
+
+
+def quantizes(name: str, N: int, K: int, protected: Sequence[str] = ()) -> bool:
+    """Whether the linear layer of this module name and weight shape [N, K] becomes INT8.
+
+    The products inside the repeated blocks do: they hold nearly all parameters and see all tokens. What feeds them
+    (input, text and time projections), what reads them out, and modulation layers, which see one token, stay as they
+    are.
+    `protected`:
+    parts of names that stay too.
+    """
+    if min(N, K) < SMALLEST_DIMENSION or any(part in name for part in protected):
+        return False
+    return bool(_IN_BLOCK.search(name)) and not _ONE_TOKEN.search(name)

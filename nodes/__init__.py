@@ -1,0 +1,22 @@
+"""The nodes: schema, tooltips, validation, one call into `host/`. One class a file."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..host import compat
+
+compat.check_host()
+
+from ..host.files import register_gguf_folder  # noqa: E402  (a host that is too old is told so before anything else fails)
+from .inspect_quantized_model import InspectQuantizedModel  # noqa: E402
+from .load_diffusion_model_gguf import LoadDiffusionModelGguf  # noqa: E402
+from .load_diffusion_model_int8 import LoadDiffusionModelInt8  # noqa: E402
+
+
+class LowbitExtension(ComfyExtension):
+    """What ComfyUI registers."""
+
+    async def on_load(self) -> None:
+        register_gguf_folder()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadDiffusionModelInt8, LoadDiffusionModelGguf, InspectQuantizedModel]

@@ -1,0 +1,87 @@
+"""Inputs and outputs that the loader nodes share: one wording, one order, required inputs first as on the page."""
+
+from comfy_api.latest import io
+
+from ..host import files, model
+
+
+def checkpoint(names: list[str], tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input("checkpoint", options=names, tooltip=tooltip)
+
+
+def unconditional(names: list[str]) -> io.Combo.Input:
+    return io.Combo.Input(
+        "unconditional",
+        options=[model.SAME_FILE, model.NONE, *names],
+        default=model.SAME_FILE,
+        tooltip="Where model_negative comes from. 'same file': the file's own unconditional branch; for models with "
+        "one weight set, such as Flux, model_negative is the same model. 'none': always the same model. Or pick the "
+        "file of the unconditional branch.",
+    )
+
+
+def compute_mode() -> io.Combo.Input:
+    return io.Combo.Input(
+        "compute_mode",
+        options=list(model.COMPUTE_MODES),
+        default="auto",
+        tooltip="auto: the faster mode for each layer on this machine. int8: activations are quantized too and INT8 "
+        "units compute the product; fastest on GPUs with INT8 units, a little less exact. exact: weights are unpacked "
+        "and computed in the model's dtype; what the file means, slower.",
+    )
+
+
+def dtype() -> io.Combo.Input:
+    return io.Combo.Input(
+        "dtype",
+        options=list(model.DTYPES),
+        default="default",
+        tooltip="Of activations and unquantized weights. 'default' lets ComfyUI choose for this model and GPU.",
+        advanced=True,
+    )
+
+
+def base_checkpoint(name: str, names: list[str], of_what: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        name,
+        options=[model.NONE, *names],
+        default=model.NONE,
+        optional=True,
+        tooltip=f"Only for INT8 files that hold linear layers alone: the FP8 or BF16 release{of_what}, which supplies "
+        "norms and embeddings. It is compared with the INT8 file, so a wrong one is noticed.",
+    )
+
+
+def protected_layers() -> io.String.Input:
+    return io.String.Input(
+        "protected_layers",
+        default="",
+        optional=True,
+        advanced=True,
+        tooltip="Only while quantizing a BF16, FP16 or FP8 checkpoint: parts of layer names, separated by commas, "
+        "that stay unquantized, such as feed_forward.w2. Costs memory and speed, gains quality.",
+    )
+
+
+def model_outputs() -> list[io.Model.Output]:
+    return [
+        io.Model.Output(
+            "model", display_name="model", tooltip="The model; the conditional branch of a two-branch one."
+        ),
+        io.Model.Output(
+            "model_negative",
+            display_name="model_negative",
+            tooltip="The unconditional branch, for the input of the same name of Dual Model CFG Guider; the same "
+            "model where there is none.",
+        ),
+    ]
+
+
+def path_or_choice(name: str) -> str:
+    """The path of a picked file; `same file` and `none` stay as they are."""
+    return name if name in (model.SAME_FILE, model.NONE) else files.full_path(name)
+
+
+def optional_path(name: str) -> str | None:
+    """The path of a picked file, None for `none`."""
+    return None if name == model.NONE else files.full_path(name)

@@ -1,0 +1,180 @@
+"""LoRA next to quantized weights, whichever stock node put it there.
+
+The effect of a LoRA (output with it minus output without) is compared with its effect on a stock float32 model of the same
+weights, where the host merges it. Nothing that is applied may change a stored byte.
+"""
+
+import pytest
+import torch
+from host_harness import quantized_models as quantized
+from host_harness import small_models as small
+
+EFFECT = 1e-3  # of the effect; float32 against a merge in float32, the bound asked for is 1 %
+
+
+@pytest.fixture(scope="module", params=quantized.KINDS)
+def pair(request, comfy_host, tmp_path_factory):
+    """A quantized model and the stock float32 model of its weights."""
+    model = quantized.load(quantized.write(tmp_path_factory.mktemp("lora"), request.param))
+    return model, quantized.full_precision(comfy_host, model)
+
+
+def assert_same_effect(host, pair, apply, bound=EFFECT, smallest=0.01):
+    """`apply(model)` changes both models alike, and leaves the quantized one's bytes and outputs alone when it is gone."""
+    model, twin = pair
+    before, stored, plain = quantized.output(host, model), quantized.stored_bytes(model), quantized.output(host, twin)
+    patched = apply(model)
+    effect = quantized.output(host, patched) - before
+    quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
+    expected = quantized.output(host, apply(twin)) - plain
+    assert expected.norm() > smallest * plain.norm()
+    assert quantized.relative(effect, expected) < bound
+    assert torch.equal(quantized.output(host, model), before)
+    quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "diff"])
+def test_effect(comfy_host, pair, kind):
+    assert_same_effect(comfy_host, pair, lambda model: quantized.add_lora(comfy_host, model, quantized.lora(kind), 0.7))
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_effect_in_bypass(comfy_host, pair, kind):
+    file = quantized.lora(kind)
+    assert_same_effect(comfy_host, pair, lambda model: quantized.add_lora(comfy_host, model, file, 0.7, bypass=True))
+
+
+def test_a_small_change_is_not_rounded_away(comfy_host, pair):
+    """A change far below the step of the format: packed again, it would vanish."""
+    file = quantized.lora("diff", size=0.003)
+    apply = lambda model: quantized.add_lora(comfy_host, model, file)  # noqa: E731
+    assert_same_effect(comfy_host, pair, apply, bound=0.01, smallest=1e-4)
+
+
+def test_effect_on_bias_and_norms(comfy_host, pair):
+    assert_same_effect(
+        comfy_host, pair, lambda model: quantized.add_lora(comfy_host, model, quantized.lora() | quantized.vectors())
+    )
+
+
+def test_two_at_once(comfy_host, pair):
+    """A low-rank one and one that is not, on some of the same layers."""
+
+    def apply(model):
+        model = quantized.add_lora(comfy_host, model, quantized.lora(seed=1), 0.5)
+        model = quantized.add_lora(comfy_host, model, quantized.lora(seed=2), -0.8)
+        return quantized.add_lora(comfy_host, model, quantized.lora("loha", modules=["layers.1.feed_forward.w2"]), 0.3)
+
+    assert_same_effect(comfy_host, pair, apply)
+
+
+def test_one_over_the_other_route(comfy_host, pair):
+    """A merged LoRA and a bypass LoRA on the same layers."""
+
+    def apply(model):
+        model = quantized.add_lora(comfy_host, model, quantized.lora(seed=1), 0.5)
+        return quantized.add_lora(comfy_host, model, quantized.lora(seed=2), 0.8, bypass=True)
+
+    assert_same_effect(comfy_host, pair, apply)
+
+
+@pytest.mark.parametrize("strength_model", [0.9, 0.0])
+def test_strength_on_the_model(comfy_host, pair, strength_model):
+    """A strength on the weight itself is no side path: add_patches takes it, and merging packs use it."""
+
+    def apply(model):
+        host_lora = comfy_host.comfy.lora
+        key_map = host_lora.model_lora_keys_unet(model.model, {})
+        model = model.clone()
+        model.add_patches(host_lora.load_lora(quantized.lora(), key_map), 0.7, strength_model)
+        return model
+
+    assert_same_effect(comfy_host, pair, apply)
+
+
+def test_strength_is_the_effect_and_never_touches_the_bytes(comfy_host, pair):
+    model, twin = pair
+    stored, file = quantized.stored_bytes(model), quantized.lora()
+    before, plain = quantized.output(comfy_host, model), quantized.output(comfy_host, twin)
+    for strength in (0.25, 1.0, -2.0):
+        effect = quantized.output(comfy_host, quantized.add_lora(comfy_host, model, file, strength)) - before
+        expected = quantized.output(comfy_host, quantized.add_lora(comfy_host, twin, file, strength)) - plain
+        assert quantized.relative(effect, expected) < EFFECT
+        quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
+
+
+def test_rows_columns_and_functions_of_a_patch(comfy_host, pair):
+    """Patches of a slice of the weight, as key maps make them for split q, k and v, and with a function on the change."""
+    name, n, k = "layers.0.attention.qkv", 768, 256
+    key = f"diffusion_model.{name}.weight"
+    slices = {(0, 0, 256): (256, k), (0, 512, 256): (256, k), (1, 64, 128): (n, 128)}
+
+    def apply(model):
+        key_map, file = {}, {}
+        for offset, shape in slices.items():
+            part = f"{name}.{offset[0]}.{offset[1]}"
+            key_map[f"diffusion_model.{part}"] = (key, offset)
+            file |= quantized.adapter("lora", part, *shape)
+        key_map["diffusion_model.flipped"] = (key, (0, 256, 256), lambda change: change.flip(0))
+        file |= quantized.adapter("lora", "flipped", 256, k)
+        model = model.clone()
+        model.add_patches(comfy_host.comfy.lora.load_lora(file, key_map))
+        return model
+
+    assert_same_effect(comfy_host, pair, apply)
+
+
+@pytest.fixture(scope="module")
+def flux(comfy_host, tmp_path_factory):
+    model = quantized.load(small.write_gguf(tmp_path_factory.mktemp("flux") / "flux.gguf", small.flux(), linear="Q8_0"))
+    return model, quantized.full_precision(comfy_host, model)
+
+
+def test_split_projections_on_a_fused_layer(comfy_host, flux):
+    """Diffusers' names for Flux: q, k, v and the MLP of a single block are slices of one layer here."""
+    file = {}
+    for part, n in {
+        "transformer_blocks.0.attn.to_q": 256,
+        "transformer_blocks.0.attn.to_v": 256,
+        "transformer_blocks.0.attn.add_k_proj": 256,
+        "single_transformer_blocks.0.attn.to_k": 256,
+        "single_transformer_blocks.0.proj_mlp": 1024,
+    }.items():
+        file[f"transformer.{part}.lora_A.weight"] = quantized._noise(f"A{part}", 4, 256) * 0.1
+        file[f"transformer.{part}.lora_B.weight"] = quantized._noise(f"B{part}", n, 4) * 0.1
+    model, twin = (quantized.add_lora(comfy_host, base, file) for base in flux)
+    offsets = [patch[3] for patches in model.patches.values() for patch in patches]
+    assert len(offsets) == 5 and None not in offsets
+
+    x = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    conditions = {
+        "context": torch.randn(1, 8, 256, generator=torch.Generator().manual_seed(2)),
+        "y": torch.randn(1, 64, generator=torch.Generator().manual_seed(3)),
+        "guidance": torch.full((1,), 3.5),
+    }
+    run = lambda patcher: comfy_host.apply_model(patcher, x, **conditions)  # noqa: E731
+    effect, expected = run(model) - run(flux[0]), run(twin) - run(flux[1])
+    assert expected.norm() > 0.01 * run(flux[1]).norm()
+    assert quantized.relative(effect, expected) < EFFECT
+
+
+def test_in_half_precision(comfy_host, tmp_path):
+    """bfloat16, as models run: the effect within the rounding of the outputs that it is the difference of."""
+    model = quantized.load(quantized.write(tmp_path, "int8"), dtype="bf16")
+    twin = quantized.full_precision(comfy_host, model)
+    file = quantized.lora(size=0.5)
+    effect = quantized.output(comfy_host, quantized.add_lora(comfy_host, model, file)) - quantized.output(comfy_host, model)
+    expected = quantized.output(comfy_host, quantized.add_lora(comfy_host, twin, file)) - quantized.output(comfy_host, twin)
+    assert quantized.relative(effect, expected) < 0.05
+
+
+def test_a_resizing_patch_makes_the_weight_float(comfy_host, tmp_path):
+    """A change of shape belongs to no format: the host's merge is kept as floats, and goes with the patch."""
+    model = quantized.load(quantized.write(tmp_path, "int8"))
+    name = "layers.0.attention.o"
+    file = quantized.adapter("lora", name, 256, 256) | {f"diffusion_model.{name}.reshape_weight": torch.tensor([256, 256])}
+    stored, before = quantized.stored_bytes(model), quantized.output(comfy_host, model)
+    patched = quantized.add_lora(comfy_host, model, file)
+    assert not torch.equal(quantized.output(comfy_host, patched), before)
+    assert torch.equal(quantized.output(comfy_host, model), before)
+    quantized.assert_same_bytes(quantized.stored_bytes(model), stored)

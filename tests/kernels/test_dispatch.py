@@ -1,0 +1,71 @@
+"""The order, the reasons and the refusals of the dispatch, on an op made of modules that exist only here."""
+
+import sys
+import types
+
+import pytest
+from lowbit.kernels.dispatch import Op, use_implementation
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op with a fast implementation for even calls, a slow one for all but 99, and one that does not import."""
+
+    def module(name, supports, result):
+        made = types.ModuleType(f"fake_op.{name}")
+        made.supports, made.run = supports, lambda call: (result, call)
+        monkeypatch.setitem(sys.modules, f"fake_op.{name}", made)
+
+    monkeypatch.setitem(sys.modules, "fake_op", types.ModuleType("fake_op"))
+    module("fast", lambda call: None if call % 2 == 0 else f"needs an even call, found {call}", "fast")
+    module("slow", lambda call: "refuses 99" if call == 99 else None, "slow")
+    return Op("fake_op", ("missing", "fast", "slow"))
+
+
+def test_the_first_that_accepts_runs(op):
+    assert op.run(2) == ("fast", 2)
+    assert op.run(3) == ("slow", 3)
+
+
+def test_every_answer_is_told(op):
+    answers = op.refusals(3)
+    assert list(answers) == ["missing", "fast", "slow"]
+    assert answers["missing"].startswith("failed to import: No module named 'fake_op.missing'")
+    assert answers["fast"] == "needs an even call, found 3" and answers["slow"] is None
+
+
+def test_nobody_accepting_raises_all_reasons(op):
+    with pytest.raises(RuntimeError) as refused:
+        op.run(99)
+    text = str(refused.value)
+    assert text.startswith("fake_op: no implementation can run this call: missing failed to import")
+    assert "fast needs an even call, found 99; slow refuses 99" in text
+
+
+def test_an_implementation_asked_for_by_name_runs_or_says_why_not(op):
+    with use_implementation("slow"):
+        assert op.run(2) == ("slow", 2)
+    with (
+        use_implementation("fast"),
+        pytest.raises(RuntimeError, match="'fast' was asked for, but it needs an even call"),
+    ):
+        op.run(3)
+    with use_implementation("missing"), pytest.raises(RuntimeError, match="failed to import"):
+        op.run(2)
+    with use_implementation("of_another_op"):
+        assert op.run(2) == ("fast", 2)
+    assert op.run(2) == ("fast", 2)
+
+
+def test_a_bug_in_an_implementation_is_not_taken_for_a_refusal(op, monkeypatch):
+    monkeypatch.setattr(op.pick(2), "supports", lambda call: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        op.run(2)
+
+
+def test_the_choice_is_logged_once_with_the_refusals(op, caplog):
+    with caplog.at_level("INFO"):
+        op.run(5)
+        op.run(5)
+    lines = [line for line in caplog.messages if "needs an even call, found 5" in line]
+    assert len(lines) == 1 and lines[0].startswith("Lowbit: fake_op is computed by slow (missing failed to import")

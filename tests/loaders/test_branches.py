@@ -1,0 +1,67 @@
+import pytest
+from lowbit.loaders.branches import branch_of_name, split_branches
+from lowbit.loaders.errors import CheckpointError
+
+MODULES = ("layers.0.a.weight", "layers.0.b.weight", "llm_cond_proj.weight")
+
+
+def two_branches(conditional="conditional.", unconditional="unconditional.", leave_out=()):
+    keys = [conditional + key for key in MODULES] + [unconditional + key for key in MODULES]
+    return {key: number for number, key in enumerate(keys) if key not in leave_out}
+
+
+@pytest.mark.parametrize("prefixes", [("conditional.", "unconditional."), ("cond.", "uncond.")])
+@pytest.mark.parametrize("model_prefix", ["", "model.diffusion_model."])
+def test_both_branches_come_without_prefixes(prefixes, model_prefix):
+    branches = split_branches("f", two_branches(*(prefix + model_prefix for prefix in prefixes)))
+    assert list(branches) == ["conditional", "unconditional"]
+    assert branches["conditional"] == dict(zip(MODULES, (0, 1, 2), strict=True))
+    assert branches["unconditional"] == dict(zip(MODULES, (3, 4, 5), strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_a_file_without_branches_is_one_branch(prefix):
+    assert split_branches("f", {prefix + key: 0 for key in MODULES}) == {"only": dict.fromkeys(MODULES, 0)}
+
+
+def test_a_prefix_that_only_some_keys_have_stays():
+    keys = ("model.diffusion_model.a.weight", "vae.b.weight")
+    assert split_branches("f", dict.fromkeys(keys, 0)) == {"only": dict.fromkeys(keys, 0)}
+
+
+def test_a_module_called_cond_is_no_branch():
+    keys = ("cond.proj.weight", "layers.0.a.weight")
+    assert split_branches("f", dict.fromkeys(keys, 0)) == {"only": dict.fromkeys(keys, 0)}
+
+
+def test_half_a_branch_is_refused():
+    with pytest.raises(CheckpointError) as refused:
+        split_branches("two.gguf", two_branches(leave_out=("unconditional.layers.0.b.weight",)))
+    found = "half a branch: the unconditional one lacks 1 module of the conditional one, such as layers.0.b"
+    assert str(refused.value).startswith(f"two.gguf: found {found}, expected")
+
+
+def test_the_unconditional_branch_may_lack_what_only_text_passes_through():
+    tensors = two_branches(leave_out=("unconditional.llm_cond_proj.weight",))
+    assert "llm_cond_proj.weight" not in split_branches("f", tensors)["unconditional"]
+    with pytest.raises(CheckpointError, match="the conditional one lacks 1 module"):
+        split_branches("f", two_branches(leave_out=("conditional.llm_cond_proj.weight",)))
+
+
+def test_tensors_beside_two_branches_are_refused():
+    with pytest.raises(CheckpointError, match="two branches and 1 tensor that belong to neither"):
+        split_branches("f", {**two_branches(), "stray.weight": 0})
+
+
+@pytest.mark.parametrize(
+    "name, branch",
+    [
+        ("ideogram4-Q4_0.gguf", None),
+        ("ideogram4_uncond-Q4_0.gguf", "unconditional"),
+        ("ideogram4_unconditional-Q8_0.gguf", "unconditional"),
+        ("Ideogram4-Conditional-Q8_0.gguf", "conditional"),
+        ("second-order.gguf", None),
+    ],
+)
+def test_branch_of_name(name, branch):
+    assert branch_of_name(name) == branch

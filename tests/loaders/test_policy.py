@@ -1,0 +1,20 @@
+import pytest
+from host_harness import small_models as small
+from lowbit.loaders.policy import quantizes
+
+
+@pytest.mark.parametrize(
+    "state_dict", [small.ideogram4(), small.flux(), small.lumina2()], ids=["ideogram4", "flux", "lumina2"]
+)
+def test_the_products_inside_blocks_are_quantized_and_nothing_else(state_dict):
+    """An independent list: the harness names the block linears of each architecture."""
+    weights = {key.removesuffix(".weight"): w for key, w in state_dict.items() if w.dim() == 2}
+    chosen = {name for name, w in weights.items() if quantizes(name, *w.shape)}
+    assert chosen == set(small.block_linears(state_dict))
+
+
+def test_protected_and_small_layers_stay():
+    assert quantizes("layers.3.feed_forward.w2", 4608, 12288)
+    assert not quantizes("layers.3.feed_forward.w2", 4608, 12288, protected=("feed_forward.w2",))
+    assert quantizes("layers.3.feed_forward.w1", 12288, 4608, protected=("feed_forward.w2",))
+    assert not quantizes("layers.3.feed_forward.w2", 4608, 128)
