@@ -51,8 +51,16 @@ def load_pair(request: LoadRequest, unconditional: str, unconditional_base_path:
     """The models of the conditional and the unconditional branch.
 
     unconditional: `same file`, `none` (the same model for both, for ordinary CFG) or the path of another file.
-    Raises CheckpointError and RuntimeError with a sentence for the person who picked the files.
+    Raises ValueError and RuntimeError with a sentence for the person who picked the files.
     """
+    try:
+        return _load_pair(request, unconditional, unconditional_base_path)
+    except CheckpointError as error:
+        # The page puts the error's type before its text, and the type of a custom node is a path.
+        raise ValueError(str(error)) from error
+
+
+def _load_pair(request: LoadRequest, unconditional: str, unconditional_base_path: str | None):
     negative_request = None
     if unconditional == SAME_FILE:
         if unconditional_source(request.path, HostFile):

@@ -46,7 +46,7 @@ def load_branch(
                 path,
                 found="only linear layers, without norms and embeddings",
                 expected=f"a base checkpoint that supplies them for the {branch} branch",
-                todo="Pick the FP8 or BF16 release of the same branch as the base checkpoint.",
+                todo=f"Pick the FP8 or BF16 release of this branch as {_base_input(branch)}.",
             )
         base_path = os.fspath(base_path)
         base, base_metadata, _ = _read(open_checkpoint(base_path, open_file), branch)
@@ -74,6 +74,11 @@ def unconditional_source(path: str | os.PathLike, open_file: Callable[..., Mappe
         expected="both branches in the same file",
         todo="Pick the file of the unconditional branch, or `none` to use this one for both.",
     )
+
+
+def _base_input(branch: str) -> str:
+    """The loader node's input for the base checkpoint of a branch."""
+    return "base_checkpoint" if branch == CONDITIONAL else f"base_checkpoint_{branch}"
 
 
 def _read(checkpoint: CheckpointFile, branch: str) -> tuple[Weights, dict[str, object], bool]:

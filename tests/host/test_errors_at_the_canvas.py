@@ -47,7 +47,10 @@ def test_missing_base_checkpoint(error_text, folder, floats):
     small.save(folder / "tl-int8.safetensors", small.int8_transformer_lab(floats))
     text = error_text(INT8, "tl-int8.safetensors")
     assert "tl-int8.safetensors: found only linear layers, without norms and embeddings" in text
-    assert "expected a base checkpoint" in text and "Pick the FP8 or BF16 release of the same branch" in text
+    assert (
+        "expected a base checkpoint" in text
+        and "Pick the FP8 or BF16 release of this branch as base_checkpoint." in text
+    )
 
 
 def test_base_of_another_model_and_of_the_other_branch(error_text, folder, floats):

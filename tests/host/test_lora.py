@@ -23,9 +23,10 @@ def assert_same_effect(host, pair, apply, bound=EFFECT, smallest=0.01):
     """`apply(model)` changes both models alike, and leaves the quantized one's bytes and outputs alone when it is gone."""
     model, twin = pair
     before, stored, plain = quantized.output(host, model), quantized.stored_bytes(model), quantized.output(host, twin)
+    weights = quantized.quantized_bytes(model)
     patched = apply(model)
     effect = quantized.output(host, patched) - before
-    quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
+    quantized.assert_same_bytes(quantized.quantized_bytes(model), weights)
     expected = quantized.output(host, apply(twin)) - plain
     assert expected.norm() > smallest * plain.norm()
     assert quantized.relative(effect, expected) < bound
@@ -168,13 +169,19 @@ def test_in_half_precision(comfy_host, tmp_path):
     assert quantized.relative(effect, expected) < 0.05
 
 
-def test_a_resizing_patch_makes_the_weight_float(comfy_host, tmp_path):
+def test_a_resizing_patch_makes_the_weight_float(comfy_host, flux):
     """A change of shape belongs to no format: the host's merge is kept as floats, and goes with the patch."""
-    model = quantized.load(quantized.write(tmp_path, "int8"))
-    name = "layers.0.attention.o"
-    file = quantized.adapter("lora", name, 256, 256) | {f"diffusion_model.{name}.reshape_weight": torch.tensor([256, 256])}
-    stored, before = quantized.stored_bytes(model), quantized.output(comfy_host, model)
-    patched = quantized.add_lora(comfy_host, model, file)
-    assert not torch.equal(quantized.output(comfy_host, patched), before)
-    assert torch.equal(quantized.output(comfy_host, model), before)
+    model, _ = flux
+    stored = quantized.stored_bytes(model)
+    file = {
+        "diffusion_model.img_in.lora_up.weight": torch.ones(256, 4),
+        "diffusion_model.img_in.lora_down.weight": torch.ones(4, 128),
+        "diffusion_model.img_in.reshape_weight": torch.tensor([256, 128]),
+    }
+    module = model.model.diffusion_model.img_in
+    values = module.weight.dequantize()
+    comfy_host.comfy.model_management.load_models_gpu([quantized.add_lora(comfy_host, model, file)])
+    expected = torch.nn.functional.pad(values, (0, 64)) + 4
+    torch.testing.assert_close(module.weight.data, expected)
+    comfy_host.comfy.model_management.load_models_gpu([model])
     quantized.assert_same_bytes(quantized.stored_bytes(model), stored)

@@ -71,7 +71,15 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 def stored_bytes(model) -> small.StateDict:
     """A copy of every stored tensor of a model: bytes, scales, markers."""
-    return {key: torch.Tensor.clone(t) for key, t in model.model.diffusion_model.state_dict().items()}
+    return {key: t.clone() for key, t in model.model.diffusion_model.state_dict().items()}
+
+
+def quantized_bytes(model) -> small.StateDict:
+    """Those of the quantized layers' weights alone."""
+    state_dict, stored = model.model.diffusion_model.state_dict(), {}
+    for name in quantized_linears(model):
+        stored |= {key: t.clone() for key, t in state_dict.items() if key.startswith(f"{name}.") and "bias" not in key}
+    return stored
 
 
 def assert_same_bytes(actual: small.StateDict, expected: small.StateDict) -> None:

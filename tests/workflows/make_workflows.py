@@ -91,7 +91,8 @@ class Picture:
 class Workflow:
     """What is particular to one workflow.
 
-    loader, widgets: the node type of ours and its widget values in order. models: see `model_file`; safetensors only.
+    loader, widgets: the node type of ours and its widget values in order. models: see `model_file`; the page
+    offers no download of GGUF files, so the note alone names those.
     download, cost: the parts of the note that say which files it takes.
     """
 
@@ -125,9 +126,9 @@ INT8 = Workflow(
     download=f"""\
 | file | from |
 | --- | --- |
-| `ideogram4-int8-w8a8.safetensors` | [transformerlab/ideogram-4-int8-w8a8]({TRANSFORMER_LAB}/ideogram-4-int8-w8a8) |
-| `{FP8[0]}` | [Comfy-Org/Ideogram-4]({COMFY_ORG}/Ideogram-4) |
-| `{FP8[1]}` | [Comfy-Org/Ideogram-4]({COMFY_ORG}/Ideogram-4) |""",
+| ideogram4-int8-w8a8.safetensors | [transformerlab/ideogram-4-int8-w8a8]({TRANSFORMER_LAB}/ideogram-4-int8-w8a8) |
+| {FP8[0]} | [Comfy-Org/Ideogram-4]({COMFY_ORG}/Ideogram-4) |
+| {FP8[1]} | [Comfy-Org/Ideogram-4]({COMFY_ORG}/Ideogram-4) |""",
     cost="""\
 The INT8 file (20.4 GB) has both branches, but linear layers only. The norms and embeddings come from the FP8 release, \
 picked as **base_checkpoint** and **base_checkpoint_unconditional**; the rest of those two files (9.3 GB each) is not \
@@ -149,10 +150,10 @@ GGUF_Q4_K = Workflow(
     download=f"""\
 | file | from |
 | --- | --- |
-| `ideogram4-q4_k.gguf` | [transformerlab/ideogram-4-gguf-q4_k]({TRANSFORMER_LAB}/ideogram-4-gguf-q4_k) |""",
+| ideogram4-q4_k.gguf | [transformerlab/ideogram-4-gguf-q4_k]({TRANSFORMER_LAB}/ideogram-4-gguf-q4_k) |""",
     cost="""\
 This one file has both branches, so **unconditional** is *same file*. Q4_K (10.4 GB) is the small one and loses a \
-little detail. `ideogram4-q8_0.gguf` (19.7 GB, same owner) is close to FP8: pick it as **checkpoint** instead. For \
+little detail. ideogram4-q8_0.gguf (19.7 GB, same owner) is close to FP8: pick it as **checkpoint** instead. For \
 speed take INT8 (20.4 GB): workflow *ideogram4_int8*.""",
     picture=Picture("Q4_K", "GGUF, one file", "10.4 GB, both branches", 4, "#143528", "#63c294"),
 )
@@ -170,8 +171,8 @@ GGUF_TWO_FILES = Workflow(
     download="""\
 | file | from |
 | --- | --- |
-| `ideogram4-Q4_0.gguf` | [leejet/ideogram-4-GGUF](https://huggingface.co/leejet/ideogram-4-GGUF) |
-| `ideogram4_uncond-Q4_0.gguf` | [leejet/ideogram-4-GGUF](https://huggingface.co/leejet/ideogram-4-GGUF) |""",
+| ideogram4-Q4_0.gguf | [leejet/ideogram-4-GGUF](https://huggingface.co/leejet/ideogram-4-GGUF) |
+| ideogram4_uncond-Q4_0.gguf | [leejet/ideogram-4-GGUF](https://huggingface.co/leejet/ideogram-4-GGUF) |""",
     cost="""\
 One file a branch: the conditional one is **checkpoint**, the one with *uncond* or *unconditional* in its name is \
 **unconditional**. The two may have different types. Files of stduhpf, molbal and rectangleworm work the same way. \
@@ -182,6 +183,7 @@ one of that size; Q8_0 (19.7 GB for both branches) is close to FP8.""",
 
 ALL = (INT8, GGUF_Q4_K, GGUF_TWO_FILES)
 
+# File names stand as they are: the page's newer node design shows code in a note blue on blue.
 NOTE = """\
 # Ideogram 4, text to image
 
@@ -194,13 +196,13 @@ NOTE = """\
 
 | file | from |
 | --- | --- |
-| `{text_encoder}` | [Comfy-Org/Qwen3-VL]({comfy_org}/Qwen3-VL) |
+| {text_encoder} | [Comfy-Org/Qwen3-VL]({comfy_org}/Qwen3-VL) |
 
 **models/vae**
 
 | file | from |
 | --- | --- |
-| `{vae}` | [Comfy-Org/flux2-dev]({comfy_org}/flux2-dev) |
+| {vae} | [Comfy-Org/flux2-dev]({comfy_org}/flux2-dev) |
 
 Press R after copying a file, so that the lists show it. The weights of Ideogram 4 are for non-commercial use: see \
 the license on their pages.
@@ -216,7 +218,7 @@ the license on their pages.
 A LoRA made for the unconditional branch goes between **model_negative** and the guider.
 
 ## 2 Prompt
-Ideogram 4 was trained on captions written as JSON. A plain sentence works too, with less control. `bbox` is \
+Ideogram 4 was trained on captions written as JSON. A plain sentence works too, with less control. *bbox* is \
 [top, left, bottom, right] in thousandths of the image. Write into the node *Prompt*: the box of *CLIP Text Encode* \
 itself removes braces, and JSON is nothing without them. There is no negative prompt: the unconditional branch sees no \
 text.
@@ -281,7 +283,7 @@ def graph(workflow: Workflow) -> dict:
         "vae": node("VAELoader", (580, 940, 460, 80), models=[model_file(vae_url, "vae")], vae_name=VAE),
         # A text node of its own: the page reads braces in the box of CLIP Text Encode as alternatives and removes them.
         "text": node("PrimitiveStringMultiline", (1100, 470, 440, 440), title="Prompt", value=caption(PROMPT)),
-        "prompt": node("CLIPTextEncode", (1600, 270, 220, 90)),
+        "prompt": node("CLIPTextEncode", (1600, 270, 220, 90), title="CLIP Text Encode"),
         "override": node("CFGOverride", (1880, 70, 280, 120), cfg=3.0, start_percent=0.7, end_percent=1.0),
         "width": node("PrimitiveInt", (1880, 540, 280, 90), title="Width", value=1024),
         "height": node("PrimitiveInt", (1880, 700, 280, 90), title="Height", value=1024),
@@ -378,8 +380,8 @@ def build(page, workflow: Workflow) -> dict:
     result = page.evaluate(BUILD, graph(workflow))
     made = result["workflow"]
     made["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"lowbit/{workflow.name}"))
-    version = (made.get("extra") or {}).get("frontendVersion")
-    made["extra"] = {"ds": {"scale": 0.5, "offset": [100, 120]}, **({"frontendVersion": version} if version else {})}
+    version = page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__")
+    made["extra"] = {"ds": {"scale": 0.4, "offset": [180, 200]}, "frontendVersion": version}
     return made
 
 
