@@ -46,7 +46,7 @@ class Fp8Weight(QuantizedWeight):
         require_floating(dtype)
         scale = self.scale.reshape(-1, 1) if self.per_channel else self.scale
         weight = torch.empty(self.data.shape, dtype=dtype, device=self.data.device)
-        for rows in row_chunks(*self.data.shape):
+        for rows in row_chunks(*self.data.shape, self.data.device):
             values = self.data[rows].to(torch.float32)
             weight[rows].copy_(values.mul_(scale[rows] if self.per_channel else scale))
         return weight

@@ -67,7 +67,7 @@ class Int8Weight(QuantizedWeight):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         require_floating(dtype)
         weight = torch.empty(self.data.shape, dtype=dtype, device=self.data.device)
-        for rows in row_chunks(*self.data.shape):
+        for rows in row_chunks(*self.data.shape, self.data.device):
             values = self.data[rows].to(torch.float32)
             values = values.mul_(self.scale[rows] if self.per_channel else self.scale)
             if self.rotation_group:
@@ -97,7 +97,7 @@ def quantize_weight(
     w = w.detach()
 
     def prepared() -> Iterator[tuple[slice, torch.Tensor]]:
-        for rows in row_chunks(N, K):
+        for rows in row_chunks(N, K, w.device):
             values = w[rows].to(torch.float32)
             if smooth is not None:
                 values = values / smooth
@@ -107,10 +107,10 @@ def quantize_weight(
     if per_channel:
         scale = torch.empty((N, 1), dtype=torch.float32, device=w.device)
         for rows, values in prepared():
-            scale[rows] = _scale_of(values.abs().amax(dim=1, keepdim=True))
+            scale[rows] = symmetric_scale(values.abs().amax(dim=1, keepdim=True))
             data[rows] = _codes(values, scale[rows])
     else:
-        scale = _scale_of(torch.stack([values.abs().amax() for _, values in prepared()]).amax())
+        scale = symmetric_scale(torch.stack([values.abs().amax() for _, values in prepared()]).amax())
         for rows, values in prepared():
             data[rows] = _codes(values, scale)
     if not bool(torch.isfinite(scale).all()):
@@ -152,8 +152,10 @@ def rotate(x: torch.Tensor, group_size: int) -> torch.Tensor:
     return torch.matmul(groups, hadamard(group_size, x.device, x.dtype)).flatten(-2)
 
 
-def _scale_of(absmax: torch.Tensor) -> torch.Tensor:
-    return (absmax / MAX_CODE).clamp(min=SMALLEST_SCALE)
+def symmetric_scale(absmax: torch.Tensor) -> torch.Tensor:
+    """max(absmax / 127, 1e-30): the scale of symmetric INT8, of weights and activations alike, in absmax's dtype."""
+    # By a tensor: CUDA turns a division by a number into a product with its reciprocal, an ulp off the CPU's scale.
+    return (absmax / torch.full_like(absmax, MAX_CODE)).clamp(min=SMALLEST_SCALE)
 
 
 def _codes(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

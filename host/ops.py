@@ -189,9 +189,10 @@ class LowbitLinear:
         quantized = layouts.from_host(self.weight)
         if quantized is not None and layouts.can_requantize(quantized) and weight.shape == self.weight.shape:
             weight = self.weight.requantize_from_float(weight)
-        weight = weight.to(self.weight.dtype)
-        if return_weight:
-            return weight
+        if return_weight:  # to be saved: in the dtype that the file has been told
+            return weight.to(self.weight.dtype)
+        # A float weight may lie in a file's narrower dtype; merged, it is the model's own, as in a stock model.
+        weight = weight.to(self.weight.dtype if quantized is not None else self.weight_comfy_model_dtype)
         if inplace_update and quantized is None:
             self.weight.data.copy_(weight)
         else:  # the `data` of a quantized parameter has scales of its own: writing to it would change the bytes alone
@@ -242,4 +243,4 @@ def _keep_missing_keys(module: LowbitLinear, incompatible_keys) -> None:
     module.lowbit_settings.missing_keys = incompatible_keys.missing_keys
 
 
-__all__ = ["GgmlWeight", "LoadSettings", "LowbitLinear", "make_operations"]
+__all__ = ["LoadSettings", "LowbitLinear", "make_operations"]

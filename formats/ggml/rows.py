@@ -27,7 +27,7 @@ def row_size_bytes(ggml_type: GgmlType | str, K: int) -> int:
     return K // ggml_type.block_size * ggml_type.type_size
 
 
-def logical_K(ggml_type: GgmlType | str, row_bytes: int) -> int:  # noqa: N802  (K is the word for it)
+def logical_K(ggml_type: GgmlType | str, row_bytes: int) -> int:
     """K, the logical elements of a row of `row_bytes` bytes."""
     ggml_type = _resolve(ggml_type)
     if row_bytes % ggml_type.type_size:
@@ -53,7 +53,7 @@ def dequantize(blocks: torch.Tensor, ggml_type: GgmlType | str, dtype: torch.dty
     if values.numel() == 0:
         return values
     rows_in, rows_out = blocks.reshape(-1, blocks.shape[-1]), values.view(-1, K)
-    for rows, units in _chunks(rows_out.shape[0], ggml_type, K):
+    for rows, units in _chunks(rows_out, ggml_type, K):
         unit_bytes = rows_in[rows, _scaled(units, ggml_type.type_size)].reshape(-1, ggml_type.type_size)
         target = rows_out[rows, _scaled(units, ggml_type.block_size)]
         target.copy_(ggml_type.dequantize_blocks(unit_bytes).view(target.shape))
@@ -80,7 +80,7 @@ def quantize(values: torch.Tensor, ggml_type: GgmlType | str) -> torch.Tensor:
     if blocks.numel() == 0:
         return blocks
     rows_in, rows_out = values.detach().reshape(-1, K), blocks.view(-1, row_bytes)
-    for rows, units in _chunks(rows_in.shape[0], ggml_type, K):
+    for rows, units in _chunks(rows_in, ggml_type, K):
         source = rows_in[rows, _scaled(units, ggml_type.block_size)].to(torch.float32)
         if not bool(torch.isfinite(source).all()):
             raise ValueError(f"values to quantize to {ggml_type.name} must be finite, found NaN or infinity")
@@ -89,10 +89,10 @@ def quantize(values: torch.Tensor, ggml_type: GgmlType | str) -> torch.Tensor:
     return blocks
 
 
-def _chunks(rows: int, ggml_type: GgmlType, K: int) -> Iterator[tuple[slice, slice]]:
+def _chunks(rows: torch.Tensor, ggml_type: GgmlType, K: int) -> Iterator[tuple[slice, slice]]:
     """Row slices and, within them, slices of storage units: even one endless row is cut."""
-    for row_slice in row_chunks(rows, K):
-        for unit_slice in row_chunks(K // ggml_type.block_size, ggml_type.block_size):
+    for row_slice in row_chunks(rows.shape[0], K, rows.device):
+        for unit_slice in row_chunks(K // ggml_type.block_size, ggml_type.block_size, rows.device):
             yield row_slice, unit_slice
 
 

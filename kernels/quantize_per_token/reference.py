@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...formats.int8 import rotate
+from ...formats.int8 import rotate, symmetric_scale
 
 if TYPE_CHECKING:
     from . import QuantizePerTokenCall
@@ -23,7 +23,7 @@ def run(call: QuantizePerTokenCall) -> tuple[torch.Tensor, torch.Tensor]:
         x = x * call.smooth
     if call.rotation_group:
         x = rotate(x, call.rotation_group)
-    x_scale = (x.abs().amax(dim=-1, keepdim=True) / 127.0).clamp(min=1e-30)
+    x_scale = symmetric_scale(x.abs().amax(dim=-1, keepdim=True))
     # The cast of a NaN to int8 is undefined: zero it, the scale already carries it.
     xq = (x / x_scale).round().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return xq.to(torch.int8), x_scale

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...formats import ggml
+from ...formats.chunks import row_chunks
+from ...formats.int8 import symmetric_scale
 
 if TYPE_CHECKING:
     from . import UnpackToInt8Call
-
-CHUNK_ELEMENTS = 2**24
 
 
 def supports(call: UnpackToInt8Call) -> str | None:
@@ -25,11 +25,9 @@ def run(call: UnpackToInt8Call) -> tuple[torch.Tensor, torch.Tensor]:
     row_scale = call.row_scale
     if row_scale is None:
         row_scale = torch.empty((N, 1), dtype=torch.float32, device=call.blocks.device)
-    rows = max(1, CHUNK_ELEMENTS // K)
-    for start in range(0, N, rows):
-        chunk = slice(start, start + rows)
+    for chunk in row_chunks(N, K, call.blocks.device):
         w = ggml.dequantize(call.blocks[chunk], call.ggml_type)
         if call.row_scale is None:
-            row_scale[chunk] = (w.abs().amax(dim=1, keepdim=True) / 127.0).clamp(min=1e-30)
+            row_scale[chunk] = symmetric_scale(w.abs().amax(dim=1, keepdim=True))
         wq[chunk] = (w / row_scale[chunk]).round_().clamp_(-127, 127).to(torch.int8)
     return wq, row_scale

@@ -93,7 +93,7 @@ def test_dequantize_of_any_bytes(name, rows, units, seed):
 def test_dequantize_in_chunks(monkeypatch, poison_empty, name, chunk_elements):
     blocks = random_bytes(name, 7, 768)
     expected = reference(blocks, name)
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(chunks, "chunk_elements", lambda device: chunk_elements)
     assert_same_bits(ggml.dequantize(blocks, name), expected)
 
 
@@ -106,10 +106,10 @@ def test_dequantize_bounds_its_chunks(monkeypatch, name):
         sizes.append(blocks.shape[0] * ggml_type.block_size)
         return ggml_type.dequantize_blocks(blocks)
 
-    K = chunks.CHUNK_ELEMENTS + ggml_type.block_size
+    K = chunks.chunk_elements(torch.device("cpu")) + ggml_type.block_size
     blocks = torch.zeros((2, ggml.row_size_bytes(name, K)), dtype=torch.uint8)
     ggml.dequantize(blocks, ggml.GgmlType(name, 0, ggml_type.block_size, ggml_type.type_size, recording), torch.float16)
-    assert sum(sizes) == 2 * K and max(sizes) <= chunks.CHUNK_ELEMENTS
+    assert sum(sizes) == 2 * K and max(sizes) <= chunks.chunk_elements(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", PLAIN + BLOCKED)
@@ -229,7 +229,7 @@ def test_quantize_of_strided_and_half_values(monkeypatch, name):
     wide = torch.zeros((6, 770), dtype=torch.bfloat16)
     wide[:, 1:-1] = values
     assert torch.equal(ggml.quantize(wide[:, 1:-1], name), expected)
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(chunks, "chunk_elements", lambda device: 300)
     assert torch.equal(ggml.quantize(values.T.contiguous().T.requires_grad_(), name), expected)
 
 

@@ -1,6 +1,6 @@
-"""Patches while a model is loaded in part: whatever the order, a patch is applied once, and leaves when it is taken away.
+"""Patches while a model is loaded in part: whatever the order, a patch is applied once, and leaves with its patcher.
 
-On the CPU nothing is ever offloaded by itself: the host's patcher is driven with a memory limit, as the host does on a GPU.
+On the CPU nothing is ever offloaded by itself: the patcher is driven with a memory limit, as the host does on a GPU.
 """
 
 import pytest
@@ -194,7 +194,7 @@ def test_dynamic_load_leaves_merges_of_models_to_the_host(comfy_host, pair, dyna
 
 def test_dynamic_force_load_keeps_the_bytes(comfy_host, pair, dynamic):
     """The host moves modules of 16 KiB and less by `force_cast`, which would unpack and pack them again."""
-    model, twin = pair
+    model, _ = pair
     stored, plain = quantized.stored_bytes(model), quantized.output(comfy_host, model)
     comfy_host.unload()
     apply = PATCHES["low_rank"](comfy_host)
@@ -203,7 +203,9 @@ def test_dynamic_force_load_keeps_the_bytes(comfy_host, pair, dynamic):
         patcher.patch_weight_to_device(f"diffusion_model.{name}.weight", patcher.load_device, force_cast=True)
     quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
     assert len(patcher.backup) == 10
-    patcher.patch_weight_to_device("diffusion_model.layers.0.attention_norm1.weight", patcher.load_device, force_cast=True)
+    patcher.patch_weight_to_device(
+        "diffusion_model.layers.0.attention_norm1.weight", patcher.load_device, force_cast=True
+    )
     assert "diffusion_model.layers.0.attention_norm1.weight" in patcher.backup
     patcher.restore_loaded_backups()
     quantized.assert_same_bytes(quantized.stored_bytes(model), stored)

@@ -132,8 +132,8 @@ INT8 = Workflow(
     cost="""\
 The INT8 file (20.4 GB) has both branches, but linear layers only. The norms and embeddings come from the FP8 release, \
 picked as **base_checkpoint** and **base_checkpoint_unconditional**; the rest of those two files (9.3 GB each) is not \
-kept in memory. INT8 has the quality of FP8, and suits GPUs with fast INT8 units and no FP8 ones, such as the RTX 30 \
-series. With less memory take Q4_K GGUF (10.4 GB): workflow *ideogram4_gguf_q4_k*.""",
+kept in memory. INT8 suits GPUs with INT8 units and no FP8 ones, such as the RTX 30 series. With less memory take \
+Q4_K GGUF (10.4 GB): workflow *ideogram4_gguf_q4_k*.""",
     picture=Picture("INT8", "safetensors, W8A8", "20.4 GB, both branches", 8, "#0f2c4d", "#5fa8d3"),
 )
 
@@ -152,9 +152,9 @@ GGUF_Q4_K = Workflow(
 | --- | --- |
 | ideogram4-q4_k.gguf | [transformerlab/ideogram-4-gguf-q4_k]({TRANSFORMER_LAB}/ideogram-4-gguf-q4_k) |""",
     cost="""\
-This one file has both branches, so **unconditional** is *same file*. Q4_K (10.4 GB) is the small one and loses a \
-little detail. ideogram4-q8_0.gguf (19.7 GB, same owner) is close to FP8: pick it as **checkpoint** instead. For \
-speed take INT8 (20.4 GB): workflow *ideogram4_int8*.""",
+This one file has both branches, so **unconditional** is *same file*. Q4_K (10.4 GB) is the small one and loses some \
+detail. ideogram4-q8_0.gguf (19.7 GB, same owner) loses the least: pick it as **checkpoint** instead. For speed take \
+INT8 (20.4 GB): workflow *ideogram4_int8*.""",
     picture=Picture("Q4_K", "GGUF, one file", "10.4 GB, both branches", 4, "#143528", "#63c294"),
 )
 
@@ -176,8 +176,8 @@ GGUF_TWO_FILES = Workflow(
     cost="""\
 One file a branch: the conditional one is **checkpoint**, the one with *uncond* or *unconditional* in its name is \
 **unconditional**. The two may have different types. Files of stduhpf, molbal and rectangleworm work the same way. \
-Q4_0 takes about 5.6 GB a file. Q4_K in one file (10.4 GB, workflow *ideogram4_gguf_q4_k*) is usually the better \
-one of that size; Q8_0 (19.7 GB for both branches) is close to FP8.""",
+Q4_0 and Q4_K take 4.5 bits a weight, some 5.2 GB a branch, Q4_K with the smaller error (workflow \
+*ideogram4_gguf_q4_k*); Q8_0 takes 8.5 and loses the least.""",
     picture=Picture("Q4_0", "GGUF, two files", "one file a branch", 4, "#3c1437", "#c878a6"),
 )
 

@@ -1,0 +1,111 @@
+"""LoRA hooks on conditionings: the host's patcher switches them on and off between the calls of one sampling run."""
+
+import pytest
+import torch
+from host_harness import quantized_models as quantized
+
+EFFECT = 1e-3
+
+
+@pytest.fixture(scope="module", params=("int8_smooth", "q4_k", "q3_k"))
+def pair(request, comfy_host, tmp_path_factory):
+    model = quantized.load(quantized.write(tmp_path_factory.mktemp("hooks"), request.param))
+    return model, quantized.full_precision(comfy_host, model)
+
+
+def hook(host, file, strength=1.0, keyframes=()):
+    hooks = host.module("comfy.hooks")
+    group = hooks.create_hook_lora(dict(file), strength, 0.0)
+    if keyframes:
+        schedule = hooks.HookKeyframeGroup()
+        for start, factor in keyframes:
+            schedule.add(hooks.HookKeyframe(factor, start, guarantee_steps=0))
+        group.set_keyframes_on_hooks(schedule)
+    return group
+
+
+def sampled(host, model, *hook_groups, steps=2):
+    """A latent, with one conditioning for each group of hooks (None: without)."""
+    positive = []
+    for i, group in enumerate(hook_groups):
+        ((features, extra),) = host.conditioning(tokens=8, seed=i)
+        positive.append([features, extra | ({} if group is None else {"hooks": group})])
+    return host.sample(model, positive=positive, steps=steps, width=128, height=128)
+
+
+def assert_same_effect(host, pair, make_groups, steps=2, bound=EFFECT):
+    model, twin = pair
+    stored, count = quantized.stored_bytes(model), len(make_groups())
+    before = sampled(host, model, *[None] * count, steps=steps)
+    effect = sampled(host, model, *make_groups(), steps=steps) - before
+    quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
+    assert torch.equal(sampled(host, model, *[None] * count, steps=steps), before)
+    plain = sampled(host, twin, *[None] * count, steps=steps)
+    expected = sampled(host, twin, *make_groups(), steps=steps) - plain
+    assert expected.norm() > 0.01 * plain.norm()
+    assert quantized.relative(effect, expected) < bound
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "diff"])
+def test_one_hook(comfy_host, pair, kind):
+    assert_same_effect(comfy_host, pair, lambda: [hook(comfy_host, quantized.lora(kind), 0.7)])
+
+
+def test_different_hooks_on_two_conditionings_and_none_on_a_third(comfy_host, pair):
+    """The modules are switched twice in each step; the second file also changes a bias and norms."""
+    assert_same_effect(
+        comfy_host,
+        pair,
+        lambda: [
+            hook(comfy_host, quantized.lora(seed=1)),
+            None,
+            hook(comfy_host, quantized.lora("loha", seed=2) | quantized.vectors(), -0.5),
+        ],
+    )
+
+
+def test_two_hooks_on_one_conditioning(comfy_host, pair):
+    def groups():
+        return [
+            hook(comfy_host, quantized.lora(seed=1)).clone_and_combine(hook(comfy_host, quantized.lora(seed=2), 0.5))
+        ]
+
+    assert_same_effect(comfy_host, pair, groups)
+
+
+def test_keyframes_change_the_strength_between_steps(comfy_host, pair):
+    frames = [(0.0, 1.0), (0.4, 0.2), (0.7, -0.5)]
+    scheduled = lambda: [hook(comfy_host, quantized.lora(), keyframes=frames)]  # noqa: E731
+    assert_same_effect(comfy_host, pair, scheduled, steps=3)
+    constant = sampled(comfy_host, pair[0], hook(comfy_host, quantized.lora()), steps=3)
+    assert quantized.relative(sampled(comfy_host, pair[0], *scheduled(), steps=3), constant) > 0.01
+
+
+def test_hook_over_a_lora(comfy_host, pair):
+    """A hook on a model that a LoRA node has patched already, in both kinds."""
+    model, twin = (quantized.add_lora(comfy_host, base, quantized.lora(seed=7)) for base in pair)
+    assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora(seed=8), 0.6)])
+    model, twin = (quantized.add_lora(comfy_host, base, quantized.lora("loha", seed=7)) for base in pair)
+    assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora("lokr", seed=8), 0.6)])
+
+
+def test_another_model_as_a_hook(comfy_host, pair, tmp_path):
+    hooks = comfy_host.module("comfy.hooks")
+    other = quantized.full_precision(comfy_host, quantized.load(quantized.write(tmp_path, "q8_0", seed=3)))
+    weights = hooks.get_patch_weights_from_model(other)
+    assert_same_effect(comfy_host, pair, lambda: [hooks.create_hook_model_as_lora(weights, None, 0.4, 0.0)])
+
+
+def test_the_node(comfy_host, pair, tmp_path):
+    """Create Hook LoRA and Set Hooks, as a graph runs them."""
+    from safetensors.torch import save_file
+
+    nodes = comfy_host.module("comfy_extras.nodes_hooks")
+    folder = comfy_host.models / "loras"
+    folder.mkdir(exist_ok=True)
+    save_file(quantized.lora(), folder / "test_hook.safetensors")
+
+    def groups():
+        return [nodes.CreateHookLoraModelOnly().create_hook_model_only("test_hook.safetensors", 0.7)[0]]
+
+    assert_same_effect(comfy_host, pair, groups)
