@@ -123,8 +123,11 @@ class _KeepsQuantized:
         """Whether the patches of a quantized weight are left to the host, which merges them into it."""
         if key not in self.patches:
             return False
-        resized = comfy.lora.calculate_shape(self.patches[key], module.weight, key) != module.weight.shape
-        return resized or not small_changes(self.patches[key])
+        if comfy.lora.calculate_shape(self.patches[key], module.weight, key) != module.weight.shape:
+            return True
+        # Dynamic VRAM merges into the memory of the weight itself, where floats have no room.
+        can_hold = layouts.can_requantize(layouts.from_host(module.weight)) or not self.is_dynamic()
+        return can_hold and not small_changes(self.patches[key])
 
     def _linears(self) -> list[tuple[str, LowbitLinear]]:
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, LowbitLinear)]

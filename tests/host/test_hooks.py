@@ -4,6 +4,8 @@ import pytest
 import torch
 from host_harness import quantized_models as quantized
 
+pytestmark = pytest.mark.usefixtures("plain_patcher")
+
 EFFECT = 1e-3
 
 

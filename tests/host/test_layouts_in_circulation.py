@@ -1,8 +1,10 @@
-"""Every layout in circulation through the real host: loaded, sampled for two steps, compared with the floats it stands for.
+"""Every layout in circulation through the real host: loaded, sampled for two steps, compared with the floats it stands
+for.
 
-What a file stands for is computed here from the file by other readers (gguf-py, safetensors and the layout's own formula). In
-`exact` mode and float32 the latent must agree with that of a full-precision model holding these floats; its distance from the
-original weights' latent must be that of random noise of the size of the quantization error, which is all a format may cost.
+What a file stands for is computed here from the file by other readers (gguf-py, safetensors and the layout's own
+formula). In `exact` mode and float32 the latent must agree with that of a full-precision model holding these floats;
+its distance from the original weights' latent must be that of random noise of the size of the quantization error,
+which is all a format may cost.
 """
 
 import dataclasses
@@ -169,8 +171,8 @@ LAYOUTS = [
     gguf_layout("gguf_block_linears_only", linear="Q4_K", **block_linears_only),
     gguf_layout("gguf_every_weight", linear="Q8_0", every_weight=True),
 ]
-# Every type for all weights, in one file a branch. Types that no Python quantizer writes hold random valid blocks: there the
-# original weights are no yardstick.
+# Every type for all weights, in one file a branch. Types that no Python quantizer writes hold random valid blocks:
+# there the original weights are no yardstick.
 RANDOM_VALUED = {"Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"}
 TYPES = {t: gguf_layout(f"gguf_{t}", linear=t) for t in small.GGUF_TYPES}
 

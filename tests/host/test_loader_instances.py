@@ -66,7 +66,7 @@ def test_clones_are_ours(comfy_host, tmp_path):
         model.clone(force_deepcopy=True),
         model.clone().clone(),
     ):
-        assert type(clone) is type(model)
+        assert type(clone).__name__ in ("LowbitModelPatcher", "LowbitModelPatcherDynamic")
         assert torch.equal(quantized.output(comfy_host, clone), before)
 
 

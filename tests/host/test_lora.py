@@ -9,7 +9,9 @@ import torch
 from host_harness import quantized_models as quantized
 from host_harness import small_models as small
 
-EFFECT = 1e-3  # of the effect; float32 against a merge in float32, the bound asked for is 1 %
+# Of the effect, for which 1 % is asked: float32 against a merge in float32. On a GPU the host merges bias and norm
+# patches of the model it is compared with in float16.
+EFFECT = 1e-2 if torch.cuda.is_available() else 1e-3
 
 
 @pytest.fixture(scope="module", params=quantized.KINDS)
@@ -174,6 +176,6 @@ def test_a_resizing_patch_makes_the_weight_float(comfy_host, flux):
     values = module.weight.dequantize()
     comfy_host.comfy.model_management.load_models_gpu([quantized.add_lora(comfy_host, model, file)])
     expected = torch.nn.functional.pad(values, (0, 64)) + 4
-    torch.testing.assert_close(module.weight.data, expected)
+    torch.testing.assert_close(module.weight.data.cpu(), expected)
     comfy_host.comfy.model_management.load_models_gpu([model])
     quantized.assert_same_bytes(quantized.stored_bytes(model), stored)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from host_harness import quantized_models as quantized
 
+pytestmark = pytest.mark.usefixtures("plain_patcher")
+
 EFFECT = 1e-3
 EVERYTHING, SOME, NOTHING = 1e32, 1_500_000, 0.1
 ORDERS = (
@@ -184,12 +186,19 @@ def test_dynamic_load_hands_patches_to_the_modules(comfy_host, pair, dynamic):
 
 
 def test_dynamic_load_leaves_merges_of_models_to_the_host(comfy_host, pair, dynamic):
+    from lowbit.host import layouts
+
     model, _ = pair
     merged = comfy_host.module("comfy_extras.nodes_model_merging").ModelMergeSimple().merge(model, model, 0.5)[0]
     patcher = dynamic(merged)
     patcher.load(patcher.load_device)
     for linear in quantized.quantized_linears(model).values():
-        assert linear.weight_lowvram_function.key in patcher.patches and not linear.model_patches
+        assert not linear.model_patches
+        if layouts.can_requantize(layouts.from_host(linear.weight)):
+            assert linear.weight_lowvram_function.key in patcher.patches
+        else:  # dynamic VRAM merges into the weight's own memory: what has no quantizer is merged where it is used
+            assert linear.weight_lowvram_function is None
+            assert [function.key in patcher.patches for function in linear.weight_function] == [True]
 
 
 def test_dynamic_force_load_keeps_the_bytes(comfy_host, pair, dynamic):

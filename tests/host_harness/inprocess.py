@@ -135,8 +135,15 @@ class Host:
         """A model from a state dict in memory. The host empties the dict that it is given, so it gets a copy."""
         import torch
 
-        with torch.inference_mode():
-            return self.comfy.sd.load_diffusion_model_state_dict(dict(state_dict), model_options=model_options)
+        def load(disable_dynamic: bool = False):
+            with torch.inference_mode():
+                return self.comfy.sd.load_diffusion_model_state_dict(
+                    dict(state_dict), model_options=model_options, disable_dynamic=disable_dynamic
+                )
+
+        model = load()
+        model.cached_patcher_init = (load, ())  # as stock loaders do: hooks and clones load the model once more
+        return model
 
     def conditioning(self, width: int = 832, tokens: int = 16, seed: int = 0, pooled_width: int = 0) -> list:
         """Random text features: the value of a CONDITIONING output."""

@@ -82,7 +82,7 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 def stored_bytes(model) -> small.StateDict:
     """A copy of every stored tensor of a model: bytes, scales, markers."""
-    return {key: t.clone() for key, t in model.model.diffusion_model.state_dict().items()}
+    return {key: t.cpu().clone() for key, t in model.model.diffusion_model.state_dict().items()}
 
 
 def quantized_bytes(model) -> small.StateDict:
