@@ -107,7 +107,7 @@ def _implementations_text(quantized: dict, linears: dict[str, LowbitLinear]) -> 
         if weight.format_name in seen:
             continue
         seen.add(weight.format_name)
-        mode = linears[name].lowbit_settings.mode_for(weight, device)
+        mode = linears[name].lowbit_settings.mode
         lines.append(f"  {weight.format_name}: {_mode_text(mode)}")
         for op, call in _calls(weight, mode, device):
             lines.append(f"    {op.name}: {_answers_text(op, call)}")

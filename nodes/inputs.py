@@ -25,9 +25,9 @@ def compute_mode() -> io.Combo.Input:
         "compute_mode",
         options=list(model.COMPUTE_MODES),
         default="auto",
-        tooltip="auto: the faster mode for each layer on this machine. int8: activations are quantized too and INT8 "
-        "units compute the product; fastest on GPUs with INT8 units, a little less exact. exact: weights are unpacked "
-        "and computed in the model's dtype; what the file means, slower.",
+        tooltip="auto: the faster mode on this machine; in this version that is exact. exact: weights are unpacked "
+        "and computed in the model's dtype, what the file means. int8: activations are quantized too and INT8 units "
+        "compute the product, a little less exact.",
     )
 
 

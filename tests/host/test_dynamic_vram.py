@@ -141,6 +141,23 @@ def test_merge_and_back(comfy_host, pair, tmp_path):
     assert torch.equal(quantized.output(comfy_host, model), before)
 
 
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_a_lora_is_saved_merged(comfy_host, tmp_path, kind):
+    model = quantized.load(quantized.write(tmp_path, kind))
+    patched = quantized.add_lora(comfy_host, model, quantized.lora())
+    plain = quantized.floats_of(model)
+    comfy_host.module("comfy_extras.nodes_model_merging").ModelSave().save(patched, f"dynamic_lora_{kind}")
+    path = sorted(comfy_host.base_directory.joinpath("output").glob(f"dynamic_lora_{kind}_*.safetensors"))[-1]
+    saved = quantized.floats_of(quantized.load(path))
+    calculate_weight = comfy_host.module("comfy.lora").calculate_weight
+    for key, patches in patched.patches.items():
+        name = key.removeprefix("diffusion_model.")
+        wanted = calculate_weight(patches, plain[name].clone(), key)
+        assert quantized.relative(wanted, plain[name]) > 0.05
+        # The host merges in float16 on a GPU.
+        assert quantized.relative(saved[name], wanted) < quantized.PACKING_ERROR[kind] + 1e-3
+
+
 def test_saving(comfy_host, pair):
     model, _ = pair
     stored = quantized.stored_bytes(model)

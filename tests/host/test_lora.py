@@ -176,6 +176,7 @@ def test_a_resizing_patch_makes_the_weight_float(comfy_host, flux):
     values = module.weight.dequantize()
     comfy_host.comfy.model_management.load_models_gpu([quantized.add_lora(comfy_host, model, file)])
     expected = torch.nn.functional.pad(values, (0, 64)) + 4
-    torch.testing.assert_close(module.weight.data.cpu(), expected)
+    rounding = 4e-3 if torch.cuda.is_available() else 1e-5  # values near 4, merged in float16 on a GPU
+    torch.testing.assert_close(module.weight.data.cpu(), expected, rtol=0, atol=rounding)
     comfy_host.comfy.model_management.load_models_gpu([model])
     quantized.assert_same_bytes(quantized.stored_bytes(model), stored)

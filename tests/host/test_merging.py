@@ -28,6 +28,7 @@ def merge(host, model, other, how):
 
 
 @pytest.mark.parametrize("how", ["simple", "add_difference", "blocks"])
+@pytest.mark.usefixtures("plain_patcher")
 def test_merged_weights(comfy_host, pair, other, how):
     kind, model, twin = pair
     stored, other_stored = quantized.stored_bytes(model), quantized.stored_bytes(other[0])

@@ -61,12 +61,14 @@ def test_stock_loader_reads_our_int8(comfy_host, tmp_path, kind):
     # The stock model quantizes its activations to INT8 as well: so do we for this comparison.
     ours = quantized.load(path, compute_mode="int8")
     actual, expected = quantized.output(comfy_host, ours), quantized.output(comfy_host, stock)
-    assert quantized.relative(actual, expected) < 1e-5
+    # On a GPU the stock kernels scale and rotate activations in less than float32.
+    assert quantized.relative(actual, expected) < (0.05 if torch.cuda.is_available() else 1e-5)
 
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["loaded", "offloaded"])
 @pytest.mark.parametrize("kind", quantized.KINDS)
 @pytest.mark.parametrize("patch", ["lora", "loha"])
+@pytest.mark.usefixtures("plain_patcher")
 def test_a_patched_model_is_saved_merged(comfy_host, tmp_path, kind, patch, offloaded):
     """Side paths and patches applied on the fly are in no stored byte: saving has to merge them."""
     model = quantized.load(quantized.write(tmp_path, kind))

@@ -210,9 +210,9 @@ the license on their pages.
 {cost}
 
 **compute_mode**
-- *auto*: the faster of the two below, layer by layer, for this machine.
-- *int8*: activations are quantized too and INT8 units compute; fastest where there are such units, a little less exact.
-- *exact*: weights are unpacked and computed in the model's own dtype; what the file means, slower.
+- *auto*: the faster of the two below.
+- *exact*: weights are unpacked and computed in the model's own dtype, what the file means.
+- *int8*: activations are quantized too and INT8 units compute the product, a little less exact.
 
 **LoRA**: put *Load LoRA* between the loader's **model** and *CFG Override*. The weights stay quantized. \
 A LoRA made for the unconditional branch goes between **model_negative** and the guider.
