@@ -29,6 +29,11 @@ class HostFile(MappedFile):
             tensor.untyped_storage()._comfy_tensor_file_slice = place
         return tensor
 
+    def close(self) -> None:
+        super().close()
+        if self._file is not None:
+            self._file.close()
+
 
 def register_gguf_folder() -> None:
     """Offer `.gguf` files of the diffusion model folders, those that users add later included, without touching other
@@ -47,7 +52,8 @@ def list_gguf() -> list[str]:
 
 def list_safetensors() -> list[str]:
     """Safetensors files to pick from, as the host names them."""
-    return [name for name in folder_paths.get_filename_list(MODEL_FOLDER) if name.endswith((".safetensors", ".sft"))]
+    names = folder_paths.get_filename_list(MODEL_FOLDER)
+    return [name for name in names if name.lower().endswith((".safetensors", ".sft"))]
 
 
 def full_path(name: str) -> str:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .small_ideogram4.patch import LUMINA2, TEXT_ENCODER
+
 StateDict = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -43,44 +45,11 @@ class Ideogram4Size:
     def hidden(self) -> int:
         return self.heads * self.head_dim
 
-    @property
-    def unet_extra_config(self) -> dict:
-        """What the host takes for the dimensions that it does not read from the file."""
-        return {
-            "num_attention_heads": self.heads,
-            "attention_head_dim": self.head_dim,
-            "intermediate_size": self.ffn,
-            "adaln_dim": self.adaln,
-            "llm_features_dim": self.llm,
-            "rope_theta": 5000000,
-            "mrope_section": [24, 20, 20],
-            "norm_eps": 1e-5,
-        }
-
 
 SMALL = Ideogram4Size()
 FULL = Ideogram4Size(layers=34, heads=18, head_dim=256, ffn=12288, adaln=512, llm=53248)
 
 LUMINA2_WIDTH = 256
-LUMINA2_EXTRA_CONFIG = {  # Z-Image's settings, which the host gives to models of width 3840 only
-    "n_heads": 2,
-    "n_kv_heads": 2,
-    "n_refiner_layers": 1,
-    "axes_dims": [32, 48, 48],
-    "axes_lens": [1536, 512, 512],
-    "rope_theta": 256.0,
-    "ffn_dim_multiplier": 8.0 / 3.0,
-    "z_image_modulation": True,
-    "time_scale": 1000.0,
-    "pad_tokens_multiple": 32,
-}
-
-TEXT_ENCODER_CONFIG = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-}
 
 
 def _linear(name: str, n: int, k: int, bias: bool = False) -> Shapes:
@@ -144,7 +113,7 @@ def flux_shapes(hidden: int = 256, depth: int = 1, text_width: int = 256, pooled
 
 def lumina2_shapes(width: int = LUMINA2_WIDTH, layers: int = 1, text_width: int = 256) -> Shapes:
     """Lumina 2 with Z-Image's settings: two heads, one refiner layer each side."""
-    ffn = 256 * -(-int(width * LUMINA2_EXTRA_CONFIG["ffn_dim_multiplier"]) // 256)
+    ffn = 256 * -(-int(width * LUMINA2["ffn_dim_multiplier"]) // 256)
     shapes: Shapes = {"x_pad_token": (1, width), "cap_pad_token": (1, width)}
     shapes |= _linear("x_embedder", width, 64, bias=True)
     shapes |= _norms("cap_embedder.0", width=text_width) | _linear("cap_embedder.1", width, text_width, bias=True)
@@ -165,7 +134,7 @@ def lumina2_shapes(width: int = LUMINA2_WIDTH, layers: int = 1, text_width: int 
 
 def text_encoder_shapes(layers: int = 36) -> Shapes:
     """The language model of Qwen3-VL-8B, 64 features wide, with the full vocabulary of the real tokenizer."""
-    width, ffn, head_dim = TEXT_ENCODER_CONFIG["hidden_size"], TEXT_ENCODER_CONFIG["intermediate_size"], 128
+    width, ffn, head_dim = TEXT_ENCODER["hidden_size"], TEXT_ENCODER["intermediate_size"], 128
     shapes: Shapes = {"model.embed_tokens.weight": (151936, width)}
     for i in range(layers):
         layer = f"model.layers.{i}"

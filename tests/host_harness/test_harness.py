@@ -35,9 +35,10 @@ def test_full_ideogram4_has_211_linears():
 def test_host_uses_the_same_small_sizes():
     from host_harness.small_ideogram4 import patch
 
-    assert small_models.SMALL.unet_extra_config == patch.IDEOGRAM4
-    assert small_models.LUMINA2_EXTRA_CONFIG == patch.LUMINA2
-    assert small_models.TEXT_ENCODER_CONFIG == patch.TEXT_ENCODER
+    size, config = small_models.SMALL, patch.IDEOGRAM4
+    assert (size.heads, size.head_dim) == (config["num_attention_heads"], config["attention_head_dim"])
+    assert (size.ffn, size.adaln) == (config["intermediate_size"], config["adaln_dim"])
+    assert size.llm == config["llm_features_dim"]
 
 
 def test_host_samples_small_ideogram4(comfy_host, tmp_path):

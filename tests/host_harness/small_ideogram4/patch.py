@@ -1,6 +1,6 @@
 """The host takes some dimensions of a model from its own classes, not from the file: give it the small models'.
 
-The numbers are those of `host_harness.small_models`, written twice because the host imports this folder on its own.
+Kept apart from `host_harness.small_models` because the host imports this folder on its own.
 """
 
 IDEOGRAM4 = {
@@ -13,7 +13,7 @@ IDEOGRAM4 = {
     "mrope_section": [24, 20, 20],
     "norm_eps": 1e-5,
 }
-LUMINA2 = {
+LUMINA2 = {  # Z-Image's settings, which the host gives to models of width 3840 only
     "n_heads": 2,
     "n_kv_heads": 2,
     "n_refiner_layers": 1,

@@ -1,0 +1,78 @@
+"""The lists that the nodes offer: GGUF beside the host's own files, in folders that are added later too."""
+
+import pytest
+import torch
+from host_harness import small_models as small
+
+
+@pytest.fixture
+def files(comfy_host):
+    from lowbit.host import files
+
+    files.register_gguf_folder()
+    return files
+
+
+@pytest.fixture
+def folder(comfy_host, tmp_path):
+    """A folder added the way extra_model_paths.yaml adds one, after our list was registered."""
+    comfy_host.folder_paths.add_model_folder_path("diffusion_models", str(tmp_path))
+    yield tmp_path
+    comfy_host.folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(tmp_path))
+    comfy_host.folder_paths.filename_list_cache.clear()
+
+
+def test_lists_follow_folders_that_are_added_later(comfy_host, files, folder):
+    (folder / "sub").mkdir()
+    for name in ("added.gguf", "added.safetensors", "added.ckpt", "notes.txt"):
+        (folder / "sub" / name).write_bytes(b"x")
+    name = comfy_host.module("os").path.join("sub", "added")
+    assert f"{name}.gguf" in files.list_gguf() and f"{name}.safetensors" in files.list_safetensors()
+    assert not any(entry.endswith((".ckpt", ".txt")) for entry in files.list_gguf() + files.list_safetensors())
+    assert files.full_path(f"{name}.gguf") == str(folder / f"{name}.gguf")
+
+
+def test_the_hosts_own_lists_are_left_alone(comfy_host, files, folder):
+    (folder / "model.gguf").write_bytes(b"x")
+    comfy_host.folder_paths.filename_list_cache.clear()
+    assert "model.gguf" not in comfy_host.folder_paths.get_filename_list("diffusion_models")
+    assert ".gguf" not in comfy_host.folder_paths.supported_pt_extensions
+
+
+def test_a_file_that_is_gone_is_named(files):
+    with pytest.raises(FileNotFoundError, match=r"gone\.gguf"):
+        files.full_path("gone.gguf")
+
+
+def test_tensors_say_where_they_lie_when_dynamic_vram_reads_files(comfy_host, files, tmp_path, monkeypatch):
+    """What the host reads straight from the file into the GPU's memory must be the tensor's own bytes."""
+    from lowbit.loaders import open_checkpoint
+
+    path = small.write_gguf(tmp_path / "m.gguf", small.ideogram4(), linear="Q4_K")
+    monkeypatch.setattr(comfy_host.module("comfy.memory_management"), "aimdo_enabled", True)
+    data = path.read_bytes()
+    for stored in open_checkpoint(path, files.HostFile).tensors.values():
+        loaded = stored.load()
+        tensor = loaded.data if stored.ggml_type else loaded
+        place = tensor.untyped_storage()._comfy_tensor_file_slice
+        assert (place.offset, place.size) == (stored.offset, stored.size_bytes) and tensor.storage_offset() == 0
+        assert data[place.offset : place.offset + place.size] == bytes(
+            tensor.view(-1).view(dtype=tensor.dtype).numpy().tobytes()
+        )
+
+
+def test_a_refused_file_is_let_go(comfy_host, files, tmp_path, monkeypatch):
+    from lowbit.loaders import CheckpointError, open_checkpoint
+
+    monkeypatch.setattr(comfy_host.module("comfy.memory_management"), "aimdo_enabled", True)
+    opened = []
+
+    class Watched(files.HostFile):
+        def __init__(self, path):
+            super().__init__(path)
+            opened.append(self)
+
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "bad.gguf", Watched)
+    assert opened[0]._file.closed
