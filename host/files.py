@@ -59,4 +59,9 @@ def list_safetensors() -> list[str]:
 def full_path(name: str) -> str:
     """The path of a picked file. Raises FileNotFoundError, with the name, when it is gone."""
     folder = GGUF_FOLDER if name.lower().endswith(".gguf") else MODEL_FOLDER
-    return folder_paths.get_full_path_or_raise(folder, name)
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise FileNotFoundError(
+            f"{name} is not in models/{MODEL_FOLDER} any more: press R to refresh the lists and pick another file."
+        )
+    return path

@@ -8,9 +8,10 @@ import dataclasses
 
 import comfy.model_management
 import torch
+from comfy.quant_ops import QuantizedTensor
 
 from ..formats import GgmlWeight, Int8Weight
-from ..kernels import int8_linear, quantize_per_token, unpack, unpack_to_int8
+from ..kernels import int8_linear, quantize_per_token, unpack, unpack_int8, unpack_to_int8
 from ..kernels.dispatch import Op
 from . import layouts
 from .ops import LowbitLinear
@@ -38,16 +39,23 @@ def report(patcher) -> str:
     quantized = {name: layouts.from_host(module.weight) for name, module in linears.items()}
     quantized = {name: weight for name, weight in quantized.items() if weight is not None}
     rows: dict[str, _Row] = collections.defaultdict(_Row)
+    others = 0
     for weight in quantized.values():
         rows[weight.format_name].add(weight.shape[0] * weight.shape[1], weight.size_bytes)
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in quantized:
             continue
-        row = rows[_dtype_name(parameter)]
-        row.add(parameter.numel(), parameter.nbytes)
+        if isinstance(parameter.data, QuantizedTensor):  # one of the host's own
+            stored = parameter.data.state_dict()
+            rows[parameter.data._layout_cls].add(parameter.numel(), sum(t.nbytes for t in stored.values()))
+            others += 1
+        else:
+            rows[_dtype_name(parameter)].add(parameter.numel(), parameter.nbytes)
     lines = [f"{type(patcher.model).__name__}, {_settings_text(linears)}", ""]
     lines += _format_table(rows)
+    if others:
+        lines += ["", f"{others} weights in ComfyUI's own quantized layouts, computed by ComfyUI."]
     lines += ["", *_protected_text(linears, quantized)]
     lines += ["", *_patches_text(patcher, linears)]
     lines += _implementations_text(quantized, linears)
@@ -78,7 +86,7 @@ def _format_table(rows: dict[str, _Row]) -> list[str]:
 def _protected_text(linears: dict[str, LowbitLinear], quantized: dict) -> list[str]:
     """Linear layers left unquantized although others of the same name in other blocks are quantized, or none are."""
     if not quantized:
-        return ["No quantized layers."]
+        return ["No layers quantized by Lowbit."]
     kinds = {_kind(name) for name in quantized}
     protected = [name for name in linears if name not in quantized and _kind(name) in kinds]
     others = [name for name in linears if name not in quantized and _kind(name) not in kinds]
@@ -128,13 +136,14 @@ def _calls(weight, mode: str, device: torch.device) -> list[tuple[Op, object]]:
         return torch.empty(1, dtype=dtype, device=device).expand(shape)
 
     calls = []
+    if isinstance(weight, Int8Weight) and mode == "exact":
+        looks = dataclasses.replace(weight, **{n: tensor(*t.shape, dtype=t.dtype) for n, t in weight.tensors().items()})
+        return [(unpack_int8.OP, unpack_int8.UnpackInt8Call(looks, torch.bfloat16))]
     if isinstance(weight, GgmlWeight):
         blocks = tensor(*weight.data.shape, dtype=torch.uint8)
         if mode == "exact":
             return [(unpack.OP, unpack.UnpackCall(blocks, weight.ggml_type, torch.bfloat16))]
         calls.append((unpack_to_int8.OP, unpack_to_int8.UnpackToInt8Call(blocks, weight.ggml_type, None)))
-    if mode == "exact":
-        return calls
     tokens = tensor(TOKENS, K, dtype=torch.bfloat16)
     smooth, group = (weight.smooth, weight.rotation_group) if isinstance(weight, Int8Weight) else (None, 0)
     calls.append((quantize_per_token.OP, quantize_per_token.QuantizePerTokenCall(tokens, smooth, group)))

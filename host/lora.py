@@ -34,6 +34,16 @@ class LowRankTerm:
         hidden = torch.nn.functional.linear(x, down) * self.factor
         y += torch.nn.functional.linear(hidden, up)
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the matrices that the first use moved to a device."""
+        return 0 if self._cast is None else sum(tensor.nbytes for tensor in self._cast)
+
+    def release(self) -> int:
+        """Let the moved matrices go, until the next use; returns their bytes."""
+        freed, self._cast = self.device_bytes, None
+        return freed
+
     def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrices on a device, in a dtype: moved at the first use, not at each."""
         if self._cast is None or self._cast[0].device != device or self._cast[0].dtype != dtype:

@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 
+import comfy.model_detection
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..formats import Int8Weight, QuantizedWeight
+from ..formats import Fp8Weight, QuantizedWeight
 from ..loaders.branch import Branch, load_branch, unconditional_source
 from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
@@ -80,16 +82,22 @@ def load_model(request: LoadRequest, disable_dynamic: bool = False) -> ModelPatc
     compat.allow_saving_offloaded_integers()
     branch = load_branch(request.path, request.branch, request.base_path, HostFile)
     settings = LoadSettings(os.path.basename(request.path), request.compute_mode)
-    if request.quantize and not any(isinstance(weight, Int8Weight) for weight in branch.weights.values()):
+    if request.quantize and not _is_quantized(branch):
         settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
     model_options = {"custom_operations": make_operations(settings)}
     dtype = DTYPES[request.dtype]
     if dtype is not None:
         model_options["dtype"] = dtype
     metadata = {key: value for key, value in branch.metadata.items() if isinstance(value, str)}
-    patcher = comfy.sd.load_diffusion_model_state_dict(
-        host_state_dict(branch, dtype or torch.bfloat16), model_options, metadata, disable_dynamic
-    )
+    state_dict = host_state_dict(branch, dtype or torch.bfloat16)
+    if _is_quantized(branch) and _is_diffusers(state_dict):
+        raise _diffusers_names(branch)
+    try:
+        patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options, metadata, disable_dynamic)
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        raise _misfit(branch, error) from error
     if patcher is None:
         raise _unknown_model(branch)
     _check_complete(branch, settings)
@@ -113,6 +121,45 @@ def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tenso
     return state_dict
 
 
+def _is_quantized(branch: Branch) -> bool:
+    """Whether the file decided which layers are quantized. FP8 is a source to quantize from."""
+    return any(isinstance(w, QuantizedWeight) and not isinstance(w, Fp8Weight) for w in branch.weights.values())
+
+
+def _is_diffusers(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Whether the host would rename and join these tensors, which it cannot do with quantized ones."""
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
+    shapes = {
+        key.removeprefix(prefix): torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+        for key, tensor in state_dict.items()
+    }
+    if comfy.model_detection.detect_unet_config(shapes, "") is not None:
+        return False
+    return comfy.model_detection.convert_diffusers_mmdit(shapes, "") is not None
+
+
+def _diffusers_names(branch: Branch) -> CheckpointError:
+    return CheckpointError(
+        branch.path,
+        found=f"quantized weights under the names of the diffusers library, such as {next(iter(branch.weights))}",
+        expected="the names of the model's original release",
+        todo="ComfyUI renames and joins such weights while loading, which is not possible once they are quantized. "
+        "Pick a file made for ComfyUI, or load the unquantized diffusers file with the INT8 loader, which quantizes "
+        "it.",
+    )
+
+
+def _misfit(branch: Branch, error: RuntimeError) -> CheckpointError:
+    mismatches = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
+    return CheckpointError(
+        branch.path,
+        found=f"shapes that do not fit the model in {counted(len(mismatches), 'tensor')} ({mismatches[0]})",
+        expected="the shapes of the model that its names say it is",
+        todo="The file belongs to a variant that this ComfyUI does not know, or is damaged: update ComfyUI, or pick "
+        "another file.",
+    )
+
+
 def _check_complete(branch: Branch, settings: LoadSettings) -> None:
     """Refuse a half-loaded model: the host only logs what a file did not supply."""
     missing = [key for key in settings.missing_keys if key.endswith(("weight", "bias"))]
@@ -129,6 +176,13 @@ def _check_complete(branch: Branch, settings: LoadSettings) -> None:
 
 def _unknown_model(branch: Branch) -> CheckpointError:
     names = ", ".join(list(branch.weights)[:3])
+    if any(re.search(r"\.lora_(A|B|up|down)(\.|$)", key) for key in branch.weights):
+        return CheckpointError(
+            branch.path,
+            found="a LoRA",
+            expected="a diffusion model",
+            todo="Move it to models/loras and put a Load LoRA node behind the loader.",
+        )
     return CheckpointError(
         branch.path,
         found=f"{counted(len(branch.weights), 'tensor')} ({names}, …) of no diffusion model that this ComfyUI knows",

@@ -17,7 +17,6 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..formats import Fp8Weight, GgmlWeight, Int8Weight, QuantizedWeight, int8
-from ..kernels.int8_linear import int8_linear  # noqa: F401  (registers the op before a model is compiled)
 from ..kernels.quantized_linear import ggml_weight_linear, int8_weight_linear, wants_int8
 from ..kernels.unpack_to_int8 import unpack_to_int8
 from . import layouts

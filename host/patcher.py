@@ -24,7 +24,7 @@ from comfy.model_patcher import (
 from comfy.patcher_extension import CallbacksMP
 
 from . import layouts
-from .lora import low_rank_terms, small_changes
+from .lora import LowRankTerm, low_rank_terms, small_changes
 from .ops import LowbitLinear
 
 
@@ -149,6 +149,20 @@ def _without_patches(module: LowbitLinear) -> None:
 
 class LowbitModelPatcherDynamic(_KeepsQuantized, ModelPatcherDynamic):
     """The host's patcher for dynamic VRAM. It leaves hooks to a delegate of the other class."""
+
+    # The host sees no LoRA matrices on the device: they are ours, beside its own memory.
+
+    def loaded_size(self):
+        return super().loaded_size() + sum(term.device_bytes for term in self._terms())
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        freed = super().partially_unload(device_to, memory_to_free, force_patch_weights)
+        if freed < memory_to_free:
+            freed += sum(term.release() for term in self._terms())
+        return freed
+
+    def _terms(self) -> list[LowRankTerm]:
+        return [term for _, module in self._linears() for term in module.model_patches]
 
 
 class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):

@@ -13,6 +13,7 @@ from ..formats import GgmlWeight, Int8Weight
 from .int8_linear import int8_linear
 from .quantize_per_token import quantize_per_token
 from .unpack import unpack
+from .unpack_int8 import unpack_int8
 from .unpack_to_int8 import unpack_to_int8
 
 SMALL_M = 16
@@ -26,7 +27,7 @@ def wants_int8(x: torch.Tensor, mode: str) -> bool:
 def int8_weight_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
     """y[..., N] = x[..., K] @ w[N, K].T + bias for an INT8 weight; mode is `exact` or `int8`. Returns x's dtype."""
     if not wants_int8(x, mode):
-        return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
+        return torch.nn.functional.linear(x, unpack_int8(weight, x.dtype), bias)
     xq, x_scale = quantize_per_token(x, weight.smooth, weight.rotation_group)
     return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype)
 

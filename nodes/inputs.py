@@ -36,7 +36,8 @@ def dtype() -> io.Combo.Input:
         "dtype",
         options=list(model.DTYPES),
         default="default",
-        tooltip="Of activations and unquantized weights. 'default' lets ComfyUI choose for this model and GPU.",
+        tooltip="Of activations and unquantized weights. 'default' lets ComfyUI choose for this model and GPU; fp16 "
+        "gives black images with models that overflow in it.",
         advanced=True,
     )
 

@@ -5,6 +5,7 @@ On CUDA `_int_mm` wants more than 16 rows and K and N in multiples of 8; shapes 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from . import Int8LinearCall
 
-# The epilogue works on float32: chunks of rows keep its temporaries near this size.
+# The product is int32 and the epilogue float32: parts of the tokens keep each near this size.
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -32,13 +33,13 @@ def supports(call: Int8LinearCall) -> str | None:
 
 
 def run(call: Int8LinearCall) -> torch.Tensor:
-    product = torch._int_mm(call.xq.contiguous(), call.wq.t())
-    rows = max(1, CHUNK_BYTES // (4 * call.N))
-    if call.M <= rows:
-        return call.epilogue(product)
+    parts = max(1, -(-4 * call.M * call.N // CHUNK_BYTES))
+    if parts == 1:
+        return call.epilogue(torch._int_mm(call.xq.contiguous(), call.wq.t()))
     y = torch.empty((call.M, call.N), dtype=call.out_dtype, device=call.device)
-    w_scale = call.w_scale.reshape(1, -1)
-    for start in range(0, call.M, rows):
-        part = product[start : start + rows].float() * call.x_scale[start : start + rows] * w_scale
-        y[start : start + rows] = part if call.bias is None else part + call.bias.float()
+    # Nearly equal parts: a short last one could fall below the 17 tokens that CUDA wants.
+    parted = (tensor.tensor_split(parts) for tensor in (call.xq, call.x_scale, y))
+    for xq, x_scale, out in zip(*parted, strict=True):
+        part = dataclasses.replace(call, xq=xq, x_scale=x_scale)
+        out.copy_(part.epilogue(torch._int_mm(xq.contiguous(), call.wq.t())))
     return y

@@ -165,3 +165,14 @@ def test_saving(comfy_host, pair):
     path = sorted(comfy_host.base_directory.joinpath("output").glob("dynamic_*.safetensors"))[-1]
     again = quantized.stored_bytes(quantized.load(path))
     quantized.assert_same_bytes({k: v.cpu() for k, v in again.items()}, {k: v.cpu() for k, v in stored.items()})
+
+
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_the_hosts_own_choice_of_dtype(comfy_host, tmp_path, kind, mode):
+    """As users run it: bfloat16 activations, against a stock bfloat16 model of the same weights."""
+    model = quantized.load(quantized.write(tmp_path, kind), compute_mode=mode, dtype="default")
+    assert model.model.get_dtype() == torch.bfloat16
+    stock = comfy_host.load_state_dict(quantized.floats_of(model), dtype=torch.bfloat16)
+    error = quantized.relative(quantized.output(comfy_host, model), quantized.output(comfy_host, stock))
+    assert error < (0.02 if mode == "exact" else 0.05)

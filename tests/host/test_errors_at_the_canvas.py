@@ -170,3 +170,26 @@ def test_permission_denied(comfy_host, tmp_path, floats, monkeypatch):
         load_model(LoadRequest(str(path)))
     assert "locked.gguf: found that the system denies reading it (permission denied)" in str(refused.value)
     assert "Give the user that runs ComfyUI the right to read it" in str(refused.value)
+
+
+def test_quantized_weights_under_diffusers_names(error_text, folder):
+    """The host joins q, k and v of such files, which it cannot do with quantized tensors."""
+    width, layers = 256, ("double_blocks.0.img_attn", "double_blocks.0.txt_attn")
+    floats = small.flux()
+    renamed = {"x_embedder.weight": floats["img_in.weight"], "x_embedder.bias": floats["img_in.bias"]}
+    for part, names in zip(layers, (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")), strict=True):
+        for name, weight in zip(names, floats[f"{part}.qkv.weight"].split(width), strict=True):
+            renamed[f"transformer_blocks.0.attn.{name}.weight"] = weight
+    small.write_gguf(folder / "diffusers.gguf", renamed)
+    text = error_text(GGUF, "diffusers.gguf")
+    assert "diffusers.gguf: found quantized weights under the names of the diffusers library" in text
+    assert "Pick a file made for ComfyUI" in text
+
+
+def test_a_lora_and_a_tensor_that_does_not_fit(error_text, folder, floats):
+    small.save(folder / "lora.safetensors", {"diffusion_model.layers.0.attention.qkv.lora_A.weight": torch.zeros(4, 8)})
+    assert "lora.safetensors: found a LoRA, expected a diffusion model" in error_text(INT8, "lora.safetensors")
+    wrong = {**floats["conditional"], "layers.1.attention.norm_q.weight": torch.zeros(64)}
+    small.save(folder / "misfit.safetensors", wrong, torch.bfloat16)
+    text = error_text(INT8, "misfit.safetensors", unconditional="none")
+    assert "misfit.safetensors: found shapes that do not fit the model in 1 tensor (size mismatch for layers.1" in text

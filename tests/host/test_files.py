@@ -1,7 +1,6 @@
 """The lists that the nodes offer: GGUF beside the host's own files, in folders that are added later too."""
 
 import pytest
-import torch
 from host_harness import small_models as small
 
 

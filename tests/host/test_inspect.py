@@ -59,7 +59,8 @@ def test_what_computes_each_op_and_why(report_of, tmp_path):
     report = report_of(path, compute_mode="int8")
     assert "int8_convrot: int8 product" in report
     assert "quantize_per_token: reference" in report and "int8_linear: torch_impl" in report
-    assert "int8_convrot: exact" in report_of(path, compute_mode="auto")
+    exact = report_of(path, compute_mode="auto")
+    assert "int8_convrot: exact" in exact and "unpack_int8: reference" in exact
 
 
 def test_refusals_are_shown(report_of, tmp_path, monkeypatch):
@@ -75,7 +76,10 @@ def test_a_stock_model_and_one_with_a_lora(comfy_host, report_of, tmp_path):
     from lowbit.host import inspect
 
     stock = comfy_host.load_state_dict(small.ideogram4())
-    assert "not loaded by Lowbit" in inspect.report(stock) and "No quantized layers." in inspect.report(stock)
+    assert "not loaded by Lowbit" in inspect.report(stock) and "No layers quantized by Lowbit." in inspect.report(stock)
+    path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4()))
+    row = rows_of(inspect.report(comfy_host.load_diffusion_model(path)))["TensorWiseINT8Layout"]
+    assert row[0] == str(len(small.block_linears(small.ideogram4()))) and 8.0 < float(row[2]) < 8.3
     model = quantized.load(quantized.write(tmp_path, "q8_0"))
     patched = quantized.add_lora(comfy_host, model, quantized.lora())
     comfy_host.comfy.model_management.load_models_gpu([patched])

@@ -4,8 +4,8 @@ from lowbit.kernels import int8_linear as op
 from lowbit.kernels.dispatch import use_implementation
 from lowbit.kernels.int8_linear import int8_linear
 
-SHAPES = [(1, 64, 256), (17, 331, 528), (33, 40, 24), (256, 768, 512)]
-IDS = ["one_token", "ragged", "small", "aligned"]
+SHAPES = [(1, 64, 256), (17, 331, 528), (33, 40, 24), (256, 768, 512), (20, 16, 4608)]
+IDS = ["one_token", "ragged", "small", "aligned", "deep"]
 
 
 def operands(M, N, K, device, seed=0):
@@ -21,7 +21,7 @@ def operands(M, N, K, device, seed=0):
 @pytest.mark.parametrize("M, N, K", SHAPES, ids=IDS)
 @pytest.mark.parametrize("implementation", op.OP.implementations)
 def test_the_integer_product_is_exact(implementation, M, N, K, device, poison_empty):
-    """Unit scales and float32 out show the int32 sum itself: it stays below 2**24 here, so float32 holds it."""
+    """Unit scales and float32 out show the int32 sum itself, which stays below 2**24 here."""
     xq, _, wq, _, _ = operands(M, N, K, device)
     ones = torch.ones(M, 1, device=device), torch.ones(N, 1, device=device)
     call = op.Int8LinearCall(xq, ones[0], wq, ones[1], None, torch.float32)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from lowbit.formats import chunks
 from lowbit.formats.int8 import rotate
 from lowbit.kernels.quantize_per_token import quantize_per_token
 
@@ -62,3 +63,11 @@ def test_what_does_not_fit_is_refused():
         quantize_per_token(torch.zeros(2, 32), torch.ones(31))
     with pytest.raises(ValueError, match="rotation group 64 does not divide K=96"):
         quantize_per_token(torch.zeros(2, 96), rotation_group=64)
+
+
+def test_chunks_of_tokens_give_the_same(device, monkeypatch):
+    x = torch.randn(50, 64, device=device)
+    whole = quantize_per_token(x)
+    monkeypatch.setattr(chunks, "chunk_elements", lambda device: 64 * 7)
+    for chunked, expected in zip(quantize_per_token(x), whole, strict=True):
+        assert torch.equal(chunked, expected)

@@ -8,6 +8,7 @@ import torch
 from lowbit.formats import GgmlWeight, Int8Weight, chunks, ggml, int8
 from lowbit.kernels.quantized_linear import SMALL_M, ggml_weight_linear, int8_weight_linear
 from lowbit.kernels.unpack import unpack
+from lowbit.kernels.unpack_int8 import unpack_int8
 from lowbit.kernels.unpack_to_int8 import unpack_to_int8
 
 GOLDEN = numpy.load(pathlib.Path(__file__).parents[1] / "golden" / "ggml_blocks.npz")
@@ -113,3 +114,17 @@ def test_quantized_ops_are_opaque_to_the_compiler(device):
 
 def test_the_golden_file_holds_every_quantized_type():
     assert TYPES == sorted(name for name, ggml_type in ggml.TYPES.items() if ggml_type.plain_dtype is None)
+
+
+@pytest.mark.parametrize("options", ["plain", "per_tensor", "smooth", "rotated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpack_int8_is_the_formats_definition(options, dtype, device, poison_empty):
+    w = torch.randn(33, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    smooth = torch.rand(256, device=device) + 0.5 if options == "smooth" else None
+    group = 64 if options == "rotated" else 0
+    weight = int8.quantize_weight(w, options != "per_tensor", smooth, group)
+    unpacked = unpack_int8(weight, dtype)
+    assert unpacked.dtype == dtype and torch.equal(unpacked, weight.dequantize(dtype))
+    arguments = (weight.data, weight.scale, weight.smooth, weight.rotation_group, dtype)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.lowbit.unpack_int8, arguments, test_utils=checks)
