@@ -3,6 +3,8 @@
 Importing the package costs nothing: ComfyUI calls `comfy_entrypoint`, and only that imports the nodes.
 """
 
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint():
     """The extension that ComfyUI registers."""

@@ -16,6 +16,11 @@ from ..kernels.dispatch import Op
 from . import layouts
 from .ops import LowbitLinear
 
+IMPLEMENTATION_NAMES = {
+    "reference": "plain PyTorch",
+    "torch_impl": "PyTorch's INT8 product",
+    "triton_impl": "Triton",
+}
 TOKENS = 4096  # an image of 1024x1024
 
 
@@ -125,7 +130,7 @@ def _implementations_text(quantized: dict, linears: dict[str, LowbitLinear]) -> 
 def _mode_text(mode: str) -> str:
     if mode == "int8":
         return "int8 product (activations quantized per token; at most 16 tokens: exact)"
-    return "exact (weight unpacked to the activations' dtype, then the library's product)"
+    return "exact (weight unpacked, then PyTorch's product)"
 
 
 def _calls(weight, mode: str, device: torch.device) -> list[tuple[Op, object]]:
@@ -162,7 +167,10 @@ def _calls(weight, mode: str, device: torch.device) -> list[tuple[Op, object]]:
 def _answers_text(op: Op, call: object) -> str:
     answers = op.refusals(call)
     chosen = next((name for name, reason in answers.items() if reason is None), "nothing")
-    refused = [f"{name} {reason}" for name, reason in answers.items() if reason is not None]
+    refused = [
+        f"{IMPLEMENTATION_NAMES.get(name, name)} {reason}" for name, reason in answers.items() if reason is not None
+    ]
+    chosen = IMPLEMENTATION_NAMES.get(chosen, chosen)
     return chosen + (f" (not {'; not '.join(refused)})" if refused else "")
 
 

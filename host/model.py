@@ -14,11 +14,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..formats import Fp8Weight, QuantizedWeight
-from ..loaders.branch import Branch, load_branch, unconditional_source
+from ..loaders.branch import Branch, load_branch, open_branches
 from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
-from ..loaders.policy import quantizes
+from ..loaders.policy import is_part, quantizes
 from . import compat, layouts
 from .files import HostFile
 from .ops import LoadSettings, make_operations
@@ -63,26 +63,41 @@ def load_pair(request: LoadRequest, unconditional: str, unconditional_base_path:
 
 
 def _load_pair(request: LoadRequest, unconditional: str, unconditional_base_path: str | None):
-    negative_request = None
+    checkpoint = open_branches(request.path, HostFile)
+    negative_checkpoint = None
     if unconditional == SAME_FILE:
-        if unconditional_source(request.path, HostFile):
-            negative_request = dataclasses.replace(request, branch=UNCONDITIONAL, base_path=unconditional_base_path)
+        if checkpoint.unconditional_source():
+            negative_checkpoint = checkpoint
     elif unconditional != NONE:
         _warn_about_names(request.path, unconditional)
-        negative_request = dataclasses.replace(
-            request, path=unconditional, branch=UNCONDITIONAL, base_path=unconditional_base_path
-        )
-    model = load_model(request)
-    return model, model if negative_request is None else load_model(negative_request)
+        negative_checkpoint = open_branches(unconditional, HostFile)
+    branch = checkpoint.load(request.branch, request.base_path)
+    if negative_checkpoint is None:
+        model = _build(request, branch)
+        return model, model
+    negative_request = dataclasses.replace(
+        request, path=negative_checkpoint.path, branch=UNCONDITIONAL, base_path=unconditional_base_path
+    )
+    # Whatever the negative branch lacks is noticed before the first model is built.
+    negative_branch = negative_checkpoint.load(UNCONDITIONAL, unconditional_base_path)
+    return _build(request, branch), _build(negative_request, negative_branch)
 
 
 def load_model(request: LoadRequest, disable_dynamic: bool = False) -> ModelPatcher:
-    """Load one branch as the host's MODEL. Raises CheckpointError and RuntimeError naming the file."""
+    """Load one branch as the host's MODEL.
+
+    disable_dynamic: take the host's plain patcher although dynamic VRAM is on, as the host asks for when it makes a
+    delegate for hooks. Raises CheckpointError and RuntimeError naming the file.
+    """
+    return _build(request, load_branch(request.path, request.branch, request.base_path, HostFile), disable_dynamic)
+
+
+def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) -> ModelPatcher:
     compat.check_host()
     compat.allow_saving_offloaded_integers()
-    branch = load_branch(request.path, request.branch, request.base_path, HostFile)
     settings = LoadSettings(os.path.basename(request.path), request.compute_mode)
     if request.quantize and not _is_quantized(branch):
+        _check_protected(request, branch)
         settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
     model_options = {"custom_operations": make_operations(settings)}
     dtype = DTYPES[request.dtype]
@@ -119,6 +134,16 @@ def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tenso
         else:
             state_dict[key] = weight.dequantize(dtype)
     return state_dict
+
+
+def _check_protected(request: LoadRequest, branch: Branch) -> None:
+    names = [key.rpartition(".")[0] for key in branch.weights]
+    for part in request.protected:
+        if not any(is_part(part, name) for name in names):
+            raise ValueError(
+                f"protected_layers: {part!r} is a part of no layer's name in {os.path.basename(branch.path)}. Names "
+                f"look like {names[len(names) // 2]}; whole parts between dots are compared."
+            )
 
 
 def _is_quantized(branch: Branch) -> bool:

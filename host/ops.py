@@ -189,10 +189,9 @@ class LowbitLinear:
             return weight.to(self.weight.dtype)
         # A float weight may lie in a file's narrower dtype; merged, it is the model's own, as in a stock model.
         weight = weight.to(self.weight.dtype if quantized is not None else self.weight_comfy_model_dtype)
-        if inplace_update and quantized is None:
-            self.weight.data.copy_(weight)
-        else:  # the `data` of a quantized parameter has scales of its own: writing to it would change the bytes alone
-            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        # Never in place: a weight may lie on the mapped file, which is read-only on Windows, and the `data` of a
+        # quantized parameter has scales of its own, so that writing to it would change the bytes alone.
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
         """The host's, which writes the rotation of its own format only."""

@@ -19,12 +19,18 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+_known_names: set[str] = set()
 _named: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowbit_implementation", default=None)
 
 
 @contextlib.contextmanager
 def use_implementation(name: str) -> Iterator[None]:
-    """Compute every op inside the `with` block by the implementation of this name (`reference`, `torch_impl`, ...)."""
+    """Compute every op inside the `with` block by the implementation of this name (`reference`, `torch_impl`, ...).
+
+    Ops without such an implementation choose as ever. Raises ValueError for a name that no op has.
+    """
+    if name not in _known_names:
+        raise ValueError(f"no op has an implementation {name!r}; there are {', '.join(sorted(_known_names))}")
     token = _named.set(name)
     try:
         yield
@@ -39,6 +45,9 @@ class Op:
 
     package: str
     implementations: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _known_names.update(self.implementations)
 
     @property
     def name(self) -> str:
@@ -73,8 +82,8 @@ class Op:
 def _load(package: str, name: str) -> ModuleType | str:
     try:
         return importlib.import_module(f"{package}.{name}")
-    except ImportError as error:
-        return f"failed to import: {error}"
+    except Exception as error:  # a Triton without a driver or with broken libraries raises anything
+        return f"failed to import: {type(error).__name__}: {error}"
 
 
 def _supports(package: str, name: str, call: Any) -> str | None:

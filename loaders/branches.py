@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from .errors import CheckpointError, counted
+from .errors import TAKE_ANOTHER, CheckpointError, counted
 from .ideogram4 import TEXT_ONLY_MODULES
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
@@ -27,10 +27,11 @@ T = TypeVar("T")
 def split_branches(path: str | os.PathLike, tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """The tensors by branch: under `conditional` and `unconditional`, or `only` when the file names no branches.
 
-    Keys come without branch and model prefixes. Raises CheckpointError when a file with both branches has tensors
+    Keys come without branch and model prefixes; what lies beside the diffusion model of an all-in-one checkpoint, a
+    text encoder or a VAE, is left out. Raises CheckpointError when a file with both branches has tensors
     outside them, or when one of them lacks modules that the other has.
     """
-    found = {}
+    tensors, found = strip_model_prefix(tensors), {}
     for prefixes in BRANCH_PREFIXES:
         for branch, prefix in zip(BRANCHES, prefixes, strict=True):
             keys = [key for key in tensors if key.startswith(prefix)]
@@ -39,16 +40,16 @@ def split_branches(path: str | os.PathLike, tensors: Mapping[str, T]) -> dict[st
         if found:
             break
     if not found:
-        return {ONLY: strip_model_prefix(tensors)}
+        return {ONLY: tensors}
     outside = len(tensors) - sum(len(branch) for branch in found.values())
     if outside and len(found) == 1:
-        return {ONLY: strip_model_prefix(tensors)}  # a model with a module that happens to be called `cond`
+        return {ONLY: tensors}  # a model with a module that happens to be called `cond`
     if outside:
         raise CheckpointError(
             path,
             found=f"two branches and {counted(outside, 'tensor')} that belong to neither",
             expected="every tensor under a branch prefix such as `conditional.` and `unconditional.`",
-            todo="The file was put together wrongly; download it again or get it from another place.",
+            todo=f"The file was put together wrongly: {TAKE_ANOTHER}",
         )
     found = {name: strip_model_prefix(branch) for name, branch in found.items()}
     if len(found) == 2:
@@ -57,11 +58,21 @@ def split_branches(path: str | os.PathLike, tensors: Mapping[str, T]) -> dict[st
 
 
 def strip_model_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The tensors without a prefix that all keys share; keys are left alone when only some have it."""
+    """The tensors under the first of MODEL_PREFIXES that any key has, without it; all tensors when none has one.
+
+    Beside such keys lie the other models of an all-in-one checkpoint.
+    """
     for prefix in MODEL_PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            return {key[len(prefix) :]: value for key, value in tensors.items()}
+        stripped = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        if stripped:
+            return stripped
     return dict(tensors)
+
+
+def strip_prefix_of_name(name: str) -> str:
+    """A module's name without the model prefix that it may have."""
+    prefix = next((prefix for prefix in MODEL_PREFIXES if name.startswith(prefix)), "")
+    return name[len(prefix) :]
 
 
 def branch_of_name(path: str | os.PathLike) -> str | None:
@@ -83,5 +94,5 @@ def _check_same_modules(path: str | os.PathLike, branches: dict[str, dict[str, T
                 found=f"half a branch: the {name} one lacks {counted(len(missing), 'module')} of the {other} one, such "
                 f"as {missing[0]}",
                 expected="two branches with the same modules",
-                todo="The file is incomplete; download it again or get it from another place.",
+                todo=f"The file is incomplete: {TAKE_ANOTHER}",
             )

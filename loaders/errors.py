@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# How a sentence about a file that cannot be mended ends.
+TAKE_ANOTHER = "download the file again or take another quantization of the model."
+
 
 class CheckpointError(ValueError):
     """A checkpoint file that cannot be read: which file, what was found, what was expected, what to do.
@@ -28,7 +31,11 @@ def quoted(value: object, limit: int = 80) -> str:
     """A value from the file, quoted and cut: nothing a file holds can flood or break an error box."""
     if isinstance(value, (str, bytes)) and len(value) > limit:
         return f"{value[:limit]!r}…"
-    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else f"a number of {value.bit_length()} bits"
+    try:
+        is_long = isinstance(value, int) and abs(value) >= 2**64
+        text = f"a number of {value.bit_length()} bits" if is_long else repr(value)
+    except (RecursionError, ValueError):  # nested without end, or with numbers of thousands of digits inside
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= limit + 2 else text[:limit] + "…"
 
 

@@ -18,6 +18,7 @@ import torch
 from ..formats import ggml
 from ..formats.base import UnknownQuantizationError
 from .checkpoint import (
+    MAX_DIMS,
     MAX_NAME_BYTES,
     CheckpointFile,
     MetadataBudget,
@@ -34,7 +35,6 @@ from .mapped_file import MappedFile
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 2**20
-MAX_GGML_DIMS = 4
 MAX_METADATA_KEYS = 20_000
 MAX_KEY_BYTES = 1024
 MAX_KEPT_ELEMENTS = 64
@@ -150,7 +150,12 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     file = cursor.file
     magic = cursor.take(4, "the word GGUF")
     if magic != b"GGUF":
-        raise damaged(file, f"{quoted(magic)} at the start", "the word GGUF")
+        raise CheckpointError(
+            file.path,
+            found=f"something else than a model, which starts with {quoted(magic.decode('latin-1'))}",
+            expected="a GGUF file",
+            todo="Pick another file, or download this one again with the download button of its page.",
+        )
     version = cursor.u32("the version")
     if version not in (2, 3):
         is_big_endian = version > 0xFFFF and version & 0xFFFF == 0
@@ -265,8 +270,8 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     check_name(cursor.file, name)
     what = f"the tensor {quoted(name)}"
     dim_count = cursor.u32(what)
-    if dim_count > MAX_GGML_DIMS:
-        raise damaged(cursor.file, f"{counted(dim_count, 'dimension')} in {what}", f"at most {MAX_GGML_DIMS}")
+    if dim_count > MAX_DIMS:  # GGML itself knows four; converters of video models write five
+        raise damaged(cursor.file, f"{counted(dim_count, 'dimension')} in {what}", f"at most {MAX_DIMS}")
     dims = struct.unpack(f"<{dim_count}Q", cursor.take(8 * dim_count, what))
     return name, dims, cursor.u32(what), cursor.u64(what)
 

@@ -1,7 +1,8 @@
 """A file mapped into memory: tensors are views on it, so opening 20 GB reads nothing but the header.
 
-The mapping is private and copy-on-write: a tensor may be written to, the file never changes. Pages come from disk when
-touched.
+Pages come from disk when touched, and the file never changes. On Linux and macOS the mapping is private and
+copy-on-write. On Windows it is read-only, because a copy-on-write mapping counts as a whole against memory and paging
+file there: a tensor must not be written to in place, which would end the process. Copy it first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import mmap
 import os
 import stat
 import sys
+import warnings
 
 import torch
 
@@ -51,6 +53,7 @@ class MappedFile:
         """A view on the file with a storage of its own, which keeps the mapping alive.
 
         Nothing is copied, except where the bytes are not aligned for the dtype. A tensor without elements is a new one.
+        Not to be written to in place: see above.
         """
         data = self._slice(offset, size_bytes)
         if size_bytes == 0:
@@ -59,7 +62,9 @@ class MappedFile:
             data = bytearray(data)
         # frombuffer keeps the slice alive, and a live slice keeps the mapping from being closed. Handing it the mapping
         # itself would keep only the object: a closed mapping under a live tensor crashes the process.
-        return torch.frombuffer(data, dtype=dtype).view(shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(data, dtype=dtype).view(shape)
 
     def close(self) -> None:
         """Let the file go. While a view lives, the mapping stays and goes with the last one."""
@@ -111,6 +116,8 @@ class MappedFile:
 
 
 def _map_private(file_number: int, size_bytes: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(file_number, size_bytes, access=mmap.ACCESS_READ)
     if sys.platform == "linux":
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", _LINUX_NORESERVE)
         return mmap.mmap(file_number, size_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 # Below this the product is too small for int8 to pay, and the layer too small for its bytes to matter.
 SMALLEST_DIMENSION = 256
 
-_IN_BLOCK = re.compile(r"(^|\.)\d+\.")  # `layers.7.attention.qkv`: a layer of the repeated blocks
-_ONE_TOKEN = re.compile(
-    r"adaln|modulation|(^|[._])mod([._]|$)|norm|embed", re.IGNORECASE
-)  # computed at M=1, or no product
+# `layers.7.attention.qkv`: a layer of the repeated blocks.
+_IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+# Computed for one token, or no product.
+_ONE_TOKEN = re.compile(r"adaln|modulation|(^|[._])mod([._]|$)|norm|embed", re.IGNORECASE)
 
 
 def quantizes(name: str, N: int, K: int, protected: Sequence[str] = ()) -> bool:
@@ -20,9 +20,16 @@ def quantizes(name: str, N: int, K: int, protected: Sequence[str] = ()) -> bool:
     The products inside the repeated blocks do: they hold nearly all parameters and see all tokens. What feeds them
     (input, text and time projections), what reads them out, and modulation layers, which see one token, stay as they
     are.
-    `protected`:
-    parts of names that stay too.
+
+    protected: parts of names that stay too, of whole dotted components: `layers.1` is a part of `layers.1.attention`
+    and none of `layers.10.attention`.
     """
-    if min(N, K) < SMALLEST_DIMENSION or any(part in name for part in protected):
+    if min(N, K) < SMALLEST_DIMENSION or any(is_part(part, name) for part in protected):
         return False
     return bool(_IN_BLOCK.search(name)) and not _ONE_TOKEN.search(name)
+
+
+def is_part(part: str, name: str) -> bool:
+    """Whether the dotted components of `part` stand one after the other in a layer's name."""
+    part = part.strip().strip(".")
+    return bool(part) and f".{part}." in f".{name}."

@@ -193,3 +193,20 @@ def test_a_lora_and_a_tensor_that_does_not_fit(error_text, folder, floats):
     small.save(folder / "misfit.safetensors", wrong, torch.bfloat16)
     text = error_text(INT8, "misfit.safetensors", unconditional="none")
     assert "misfit.safetensors: found shapes that do not fit the model in 1 tensor (size mismatch for layers.1" in text
+
+
+def test_a_protected_layer_that_is_in_no_name(error_text, folder, floats):
+    small.save(folder / "float.safetensors", floats["conditional"], torch.bfloat16)
+    inputs = {"unconditional": "none", "protected_layers": "feed_forward.w2, feed_forwrd.w1"}
+    text = error_text(INT8, "float.safetensors", **inputs)
+    assert "protected_layers: 'feed_forwrd.w1' is a part of no layer's name in float.safetensors" in text
+
+
+def test_a_negative_branch_that_lacks_its_base_is_noticed_first(error_text, folder, floats):
+    small.save(folder / "tl-int8.safetensors", small.int8_transformer_lab(floats))
+    small.save(folder / "cond-fp8.safetensors", small.fp8_official(floats["conditional"]))
+    text = error_text(INT8, "tl-int8.safetensors", base_checkpoint="cond-fp8.safetensors")
+    assert "a base checkpoint that supplies them for the unconditional branch" in text
+    assert "as base_checkpoint_unconditional." in text
+    text = error_text(INT8, "tl-int8.safetensors", base_checkpoint="tl-int8.safetensors")
+    assert "found a base checkpoint of linear layers alone" in text

@@ -58,9 +58,9 @@ def test_what_computes_each_op_and_why(report_of, tmp_path):
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4(), convrot=True))
     report = report_of(path, compute_mode="int8")
     assert "int8_convrot: int8 product" in report
-    assert "quantize_per_token: reference" in report and "int8_linear: torch_impl" in report
+    assert "quantize_per_token: plain PyTorch" in report and "int8_linear: PyTorch's INT8 product" in report
     exact = report_of(path, compute_mode="auto")
-    assert "int8_convrot: exact" in exact and "unpack_int8: reference" in exact
+    assert "int8_convrot: exact" in exact and "unpack_int8: plain PyTorch" in exact
 
 
 def test_refusals_are_shown(report_of, tmp_path, monkeypatch):
@@ -68,7 +68,9 @@ def test_refusals_are_shown(report_of, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch_impl, "supports", lambda call: f"refuses N={call.N}")
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4()))
-    assert "int8_linear: reference (not torch_impl refuses N=768)" in report_of(path, compute_mode="int8")
+    assert "int8_linear: plain PyTorch (not PyTorch's INT8 product refuses N=768)" in report_of(
+        path, compute_mode="int8"
+    )
 
 
 def test_a_stock_model_and_one_with_a_lora(comfy_host, report_of, tmp_path):

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from . import inprocess, server, small_models
+from . import inprocess, server, small_models, template_files
 
 BASE = inprocess.ROOT / ".dev" / "base"
 
@@ -14,14 +14,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8188, help="0 picks a free one")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the host ends with us
-    files = small_models.write_stand_ins(BASE)
+    for name in ("SIGTERM", "SIGHUP"):  # so that the host ends with us; Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(0))
+    if options.port and not server.is_free(options.port):
+        print(f"Port {options.port} is in use: `python dev.py serve --port 0` picks a free one.", file=sys.stderr)
+        return 1
+    print("writing small models ...", flush=True)
+    inprocess.register_pack()
+    template_files.write(BASE)
+    small_models.write_stand_ins(BASE)
     try:
         with server.ComfyServer(BASE, port=options.port or None) as running:
             for name in running.failed_imports():
                 print(f"custom_nodes/{name} could not be imported: see {running.log}")
             print(f"ComfyUI: {running.url}")
-            print(f"small models: {', '.join(files.values())} in {BASE / 'models'}")
+            print(
+                "Browse Templates > lowbit: its workflows find small stand-ins with random weights under the names they"
+            )
+            print(f"ask for, in {BASE / 'models'}. Set width and height to 256 for a quick run: the picture is noise.")
             print(f"log: {running.log}; Ctrl+C ends it", flush=True)
             while running.process.poll() is None:
                 time.sleep(0.5)

@@ -74,6 +74,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
 class ComfyServer:
     """Starts the host on entry and stops it on exit. The host's own lines go to the file `log`.
 

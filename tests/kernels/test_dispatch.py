@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+from lowbit.kernels import int8_linear  # noqa: F401  (an op with other implementations' names)
 from lowbit.kernels.dispatch import Op, use_implementation
 
 
@@ -30,7 +31,7 @@ def test_the_first_that_accepts_runs(op):
 def test_every_answer_is_told(op):
     answers = op.refusals(3)
     assert list(answers) == ["missing", "fast", "slow"]
-    assert answers["missing"].startswith("failed to import: No module named 'fake_op.missing'")
+    assert answers["missing"].startswith("failed to import: ModuleNotFoundError: No module named 'fake_op.missing'")
     assert answers["fast"] == "needs an even call, found 3" and answers["slow"] is None
 
 
@@ -52,9 +53,22 @@ def test_an_implementation_asked_for_by_name_runs_or_says_why_not(op):
         op.run(3)
     with use_implementation("missing"), pytest.raises(RuntimeError, match="failed to import"):
         op.run(2)
-    with use_implementation("of_another_op"):
+    with use_implementation("torch_impl"):  # of other ops
         assert op.run(2) == ("fast", 2)
     assert op.run(2) == ("fast", 2)
+    with pytest.raises(ValueError, match="no op has an implementation 'refrence'"), use_implementation("refrence"):
+        pass
+
+
+def test_whatever_an_import_raises_is_a_refusal(monkeypatch, tmp_path):
+    """Triton without a driver raises RuntimeError while a module that uses it is imported."""
+    package = tmp_path / "broken_op"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "triton_impl.py").write_text("raise RuntimeError('0 active drivers')")
+    monkeypatch.syspath_prepend(tmp_path)
+    refusals = Op("broken_op", ("triton_impl",)).refusals(None)
+    assert refusals == {"triton_impl": "failed to import: RuntimeError: 0 active drivers"}
 
 
 def test_a_bug_in_an_implementation_is_not_taken_for_a_refusal(op, monkeypatch):

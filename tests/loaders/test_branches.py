@@ -24,9 +24,15 @@ def test_a_file_without_branches_is_one_branch(prefix):
     assert split_branches("f", {prefix + key: 0 for key in MODULES}) == {"only": dict.fromkeys(MODULES, 0)}
 
 
-def test_a_prefix_that_only_some_keys_have_stays():
-    keys = ("model.diffusion_model.a.weight", "vae.b.weight")
-    assert split_branches("f", dict.fromkeys(keys, 0)) == {"only": dict.fromkeys(keys, 0)}
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_what_lies_beside_the_diffusion_model_is_left_out(prefix):
+    keys = (prefix + "a.weight", "first_stage_model.b.weight", "text_encoders.t5.c.weight", "a.weight")
+    assert split_branches("f", {key: key for key in keys}) == {"only": {"a.weight": keys[0]}}
+
+
+def test_branches_under_one_model_prefix():
+    tensors = {"model.diffusion_model." + key: value for key, value in two_branches().items()}
+    assert split_branches("f", {**tensors, "vae.weight": 0}) == split_branches("f", two_branches())
 
 
 def test_a_module_called_cond_is_no_branch():
@@ -39,6 +45,7 @@ def test_half_a_branch_is_refused():
         split_branches("two.gguf", two_branches(leave_out=("unconditional.layers.0.b.weight",)))
     found = "half a branch: the unconditional one lacks 1 module of the conditional one, such as layers.0.b"
     assert str(refused.value).startswith(f"two.gguf: found {found}, expected")
+    assert "download the file again or take another quantization of the model." in str(refused.value)
 
 
 def test_the_unconditional_branch_may_lack_what_only_text_passes_through():

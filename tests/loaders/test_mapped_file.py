@@ -1,6 +1,8 @@
 import builtins
 import gc
+import mmap
 import os
+import sys
 import tracemalloc
 
 import psutil
@@ -23,14 +25,59 @@ def test_tensor_is_a_view_with_its_own_storage(sixteen_bytes):
     assert first.data_ptr() == second.data_ptr()
     assert first.storage_offset() == 0
     assert first.untyped_storage().nbytes() == 8
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a mapping is read-only on Windows")
+def test_writing_to_a_view_does_not_reach_the_file(sixteen_bytes):
+    file = MappedFile(sixteen_bytes)
+    first = file.tensor(4, 8, torch.uint8, (2, 4))
+    second = file.tensor(4, 8, torch.int32, (2,))
     first[0, 0] = 255
     assert second[0].item() & 0xFF == 255
     assert sixteen_bytes.read_bytes() == bytes(range(16)), "writing to a view must not reach the file"
 
 
 @pytest.mark.filterwarnings("error")
-def test_making_a_view_does_not_warn(sixteen_bytes):
-    assert MappedFile(sixteen_bytes).tensor(0, 16, torch.float32, (4,)).shape == (4,)
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_making_a_view_does_not_warn(sixteen_bytes, monkeypatch, platform):
+    if platform == "linux" and sys.platform != "linux":
+        pytest.skip("the flags of Linux")
+    torch.set_warn_always(True)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "platform", platform)
+            file = MappedFile(sixteen_bytes)
+        assert file.tensor(0, 16, torch.uint8, (16,)).tolist() == list(range(16))
+        assert file.tensor(1, 4, torch.int32, (1,)).data_ptr() % 4 == 0
+    finally:
+        torch.set_warn_always(False)
+
+
+def mapping_options(path, monkeypatch, platform):
+    """What the mapping is asked for on a platform."""
+    asked, mapping = {}, mmap.mmap
+
+    def record(number, size, **options):
+        asked.update(options)
+        return mapping(number, size, access=mmap.ACCESS_READ)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", platform)
+        patch.setattr(mmap, "mmap", record)
+        MappedFile(path).close()
+    return asked
+
+
+def test_windows_maps_read_only_since_copy_on_write_counts_as_memory(sixteen_bytes, monkeypatch):
+    assert mapping_options(sixteen_bytes, monkeypatch, "win32") == {"access": mmap.ACCESS_READ}
+    assert mapping_options(sixteen_bytes, monkeypatch, "darwin") == {"access": mmap.ACCESS_COPY}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the flags of Linux")
+def test_linux_maps_privately_without_reserving_memory(sixteen_bytes, monkeypatch):
+    asked = mapping_options(sixteen_bytes, monkeypatch, "linux")
+    assert asked["flags"] == mmap.MAP_PRIVATE | 0x4000
+    assert asked["prot"] == mmap.PROT_READ | mmap.PROT_WRITE
 
 
 def test_unaligned_tensor_is_copied(sixteen_bytes):

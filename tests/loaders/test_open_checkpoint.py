@@ -87,7 +87,7 @@ REFUSED = {
     "noise_gguf": (
         "a.gguf",
         b"\x01\x02\x03\x04" * 40,
-        r"found b'\\x01\\x02\\x03\\x04' at the start, expected the word GGUF",
+        "found something else than a model, which starts with .*, expected a GGUF file. Pick another file",
     ),
     "noise_safetensors": (
         "a.safetensors",

@@ -18,3 +18,20 @@ def test_protected_and_small_layers_stay():
     assert not quantizes("layers.3.feed_forward.w2", 4608, 12288, protected=("feed_forward.w2",))
     assert quantizes("layers.3.feed_forward.w1", 12288, 4608, protected=("feed_forward.w2",))
     assert not quantizes("layers.3.feed_forward.w2", 4608, 128)
+
+
+@pytest.mark.parametrize(
+    "part, name, stays",
+    [
+        ("layers.1", "layers.1.attention.qkv", True),
+        ("layers.1", "layers.10.attention.qkv", False),
+        ("layers.1.", "layers.1.attention.qkv", True),
+        ("w2", "layers.3.feed_forward.w2", True),
+        ("w", "layers.3.feed_forward.w2", False),
+        ("layers.w2", "layers.3.feed_forward.w2", False),
+        ("layers.1", "double_layers.1.attention.qkv", False),
+        ("", "layers.1.attention.qkv", False),
+    ],
+)
+def test_protected_parts_are_whole_components(part, name, stays):
+    assert quantizes(name, 1024, 1024, protected=(part,)) is not stays

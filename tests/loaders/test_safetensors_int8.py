@@ -6,9 +6,12 @@ import pytest
 import torch
 from host_harness import small_models as small
 from lowbit.formats import Fp8Weight, GgmlWeight, Int8Weight
-from lowbit.loaders.branch import load_branch, unconditional_source
+from lowbit.loaders.base_checkpoint import merge_base
+from lowbit.loaders.branch import load_branch, open_branches
 from lowbit.loaders.errors import CheckpointError
-from lowbit.loaders.safetensors_int8 import merge_base, read_weights
+from lowbit.loaders.mapped_file import MappedFile
+from lowbit.loaders.markers import MAX_MARKER_BYTES, markers_of_metadata
+from lowbit.loaders.safetensors_int8 import read_weights
 
 K, N = 256, 64
 
@@ -26,7 +29,8 @@ def int8_tensors(seed=0):
 
 
 def read(tensors, metadata=None):
-    return read_weights("model.safetensors", tensors, metadata or {})
+    path, keys = "model.safetensors", {key: key for key in tensors}
+    return read_weights(path, tensors, markers_of_metadata(path, metadata or {}, keys, keys))
 
 
 def test_int8_with_and_without_a_marker_are_one_weight():
@@ -40,6 +44,21 @@ def test_a_per_channel_scale_of_any_shape_is_n_by_1(shape):
     tensors = int8_tensors()
     tensors["m.weight_scale"] = tensors["m.weight_scale"].reshape(shape)
     assert torch.equal(read(tensors)["m.weight"].scale, int8_tensors()["m.weight_scale"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_scale_of_a_square_weight_is_of_its_rows_or_refused(dtype):
+    tensors = {"m.weight": torch.zeros(K, K).to(dtype), "m.weight_scale": torch.rand(K, 1)}
+    assert read(dict(tensors))["m.weight"].per_channel
+    tensors["m.weight_scale"] = tensors["m.weight_scale"].reshape(1, K)
+    with pytest.raises(CheckpointError, match="for the rows or for the columns of a square weight"):
+        read(tensors)
+
+
+@pytest.mark.parametrize("shape", [(1, K), (K,), (N, 2), (N, 1, 1), (1, 1, 1), (0,)])
+def test_a_scale_of_another_shape_is_refused(shape):
+    with pytest.raises(CheckpointError, match=r"contradicts itself .* one number or"):
+        read({**int8_tensors(), "m.weight_scale": torch.ones(shape)})
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -66,6 +85,44 @@ def test_fp8_in_each_layout():
     assert isinstance(per_channel, Fp8Weight) and per_channel.per_channel
     for weights in (old, marked, from_header, plain):
         assert list(weights) == ["m.weight"] and isinstance(weights["m.weight"], Fp8Weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_bytes_are_what_their_marker_says(dtype):
+    values = torch.randn(N, K).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    tensors = {"m.weight": values.view(torch.uint8), "m.weight_scale": torch.ones(())}
+    weight = read({**tensors, "m.comfy_quant": marker(format=name)})["m.weight"]
+    assert weight.data.dtype == dtype
+    assert torch.equal(weight.dequantize(), values.float())
+
+
+def test_a_marker_of_signed_bytes_is_read():
+    tensors = {**int8_tensors(), "m.comfy_quant": marker(format="int8_tensorwise").view(torch.int8)}
+    assert isinstance(read(tensors)["m.weight"], Int8Weight)
+
+
+def test_what_belongs_to_activations_is_left_out():
+    tensors = {
+        **int8_tensors(),
+        "m.input_scale": torch.ones(()),
+        "m.scale_input": torch.ones(()),
+        "m.bias": torch.ones(N),
+    }
+    assert list(read(tensors)) == ["m.weight", "m.bias"]
+
+
+@pytest.mark.parametrize(
+    "leaf", ["weight_zero_point", "weight_scale_2", "weight_scale_inv", "pre_quant_scale", "smooth"]
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_an_unknown_tensor_beside_a_quantized_weight_is_refused(leaf, dtype):
+    tensors = {"m.weight": torch.zeros(N, K).to(dtype), "m.weight_scale": torch.ones(()), f"m.{leaf}": torch.ones(N)}
+    with pytest.raises(
+        CheckpointError, match=f"the tensor '{leaf}', whose meaning is unknown, beside .* in m"
+    ) as refused:
+        read(tensors)
+    assert "download the file again or take another quantization of the model." in str(refused.value)
 
 
 def test_gguf_blocks_in_a_saved_file():
@@ -109,12 +166,71 @@ REFUSED = {
             "m.weight_scale": torch.ones(()),
             "m.comfy_quant": marker(format="int8_tensorwise"),
         },
-        "a weight of dtype torch.float32 marked as INT8 in m",
+        "a weight of dtype float32 marked as INT8 in m",
     ),
     "group_does_not_divide": (
         {**int8_tensors(), "m.comfy_quant": marker(format="int8_tensorwise", convrot=True, convrot_groupsize=1024)},
         "contradicts itself",
     ),
+    "fp8_of_the_other_kind": (
+        {
+            "m.weight": torch.zeros(N, K).to(torch.float8_e4m3fn),
+            "m.weight_scale": torch.ones(()),
+            "m.comfy_quant": marker(format="float8_e5m2"),
+        },
+        "a weight of dtype float8_e4m3fn marked as float8_e5m2 in m",
+    ),
+    "bytes_without_a_marker": (
+        {"m.weight": torch.zeros(N, K, dtype=torch.uint8), "m.weight_scale": torch.ones(())},
+        "a weight of dtype uint8 that nothing explains in m",
+    ),
+    "integer_scale": (
+        {**int8_tensors(), "m.weight_scale": torch.ones(N, 1, dtype=torch.uint8)},
+        "a tensor `weight_scale` of dtype uint8 in m",
+    ),
+    "weight_without_dimensions": (
+        {**int8_tensors(), "m.weight": torch.tensor(1, dtype=torch.int8)},
+        "a quantized weight `weight` of shape [] in m",
+    ),
+    "blocks_without_dimensions": (
+        {"m.weight": torch.tensor(1, dtype=torch.uint8), "m.comfy_quant": marker(format="gguf_q4_k")},
+        "a quantized weight `weight` of shape [] in m",
+    ),
+    "wq_without_dimensions": (
+        {"m.wq": torch.tensor(1, dtype=torch.int8), "m.ws": torch.ones(1)},
+        "a quantized weight `wq` of shape [] in m",
+    ),
+    "empty_weight": (
+        {"m.weight": torch.zeros(0, K, dtype=torch.int8), "m.weight_scale": torch.ones(())},
+        "a quantized weight `weight` of shape [0, 256] in m",
+    ),
+    "marker_of_floats": (
+        {**int8_tensors(), "m.comfy_quant": marker(format="int8_tensorwise").float()},
+        "a quantization marker of float32 [29] instead of at most 65,536 bytes in m",
+    ),
+    "marker_of_two_dimensions": (
+        {**int8_tensors(), "m.comfy_quant": marker(format="int8_tensorwise")[None]},
+        "a quantization marker of uint8 [1, 29]",
+    ),
+    "endless_marker": (
+        {**int8_tensors(), "m.comfy_quant": torch.zeros(1, dtype=torch.uint8).expand(200 * 2**20)},
+        "a quantization marker of uint8 [209715200]",
+    ),
+    "nested_marker": (
+        {**int8_tensors(), "m.comfy_quant": torch.full((MAX_MARKER_BYTES,), ord("["), dtype=torch.uint8)},
+        "a quantization marker that is no JSON",
+    ),
+    "rotation_of_null": (
+        {**int8_tensors(), "m.comfy_quant": marker(format="int8_tensorwise", convrot=None)},
+        "`convrot` of None in the quantization marker in m",
+    ),
+    **{
+        f"group_{size}": (
+            {**int8_tensors(), "m.comfy_quant": marker(format="int8_tensorwise", convrot=True, convrot_groupsize=size)},
+            "a rotation group (`convrot_groupsize`) of ",
+        )
+        for size in (None, [256], float("inf"), 256.0, "256", True, 0, -4, 2**70)
+    },
     "ragged_blocks": (
         {"m.weight": torch.zeros(2, 143, dtype=torch.uint8), "m.comfy_quant": marker(format="gguf_q4_k")},
         "a Q4_K row has a multiple of 144 bytes",
@@ -129,9 +245,81 @@ def test_what_contradicts_itself_is_refused_with_a_sentence(tensors, text):
     assert str(refused.value).startswith("model.safetensors: found ") and text in str(refused.value)
 
 
-def test_metadata_that_is_no_json_is_refused():
+@pytest.mark.parametrize("text", ["{", "[]", "1", "{}", '{"layers": 1}', '{"layers": {"m": []}}', "[" * 10**5])
+def test_metadata_that_cannot_be_read_is_refused(text):
     with pytest.raises(CheckpointError, match="quantization metadata that cannot be read"):
-        read(int8_tensors(), {"_quantization_metadata": "{"})
+        read(int8_tensors(), {"_quantization_metadata": text})
+
+
+# Markers in the metadata of whole files
+
+
+ROTATED = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}
+
+
+def file_with_markers(tmp_path, prefix, markers, extra=None):
+    tensors = {prefix + key: tensor for key, tensor in int8_tensors().items()}
+    metadata = {"_quantization_metadata": json.dumps({"layers": markers})}
+    return small.save(tmp_path / "model.safetensors", {**tensors, **(extra or {})}, metadata=metadata)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("named", ["", "model.diffusion_model.", "diffusion_model."])
+def test_markers_are_found_by_the_name_with_and_without_prefix(tmp_path, prefix, named):
+    path = file_with_markers(tmp_path, prefix, {f"{named}m": ROTATED})
+    assert load_branch(path).weights["m.weight"].rotation_group == 64
+
+
+def test_each_branch_has_its_own_markers(tmp_path):
+    branches = ("conditional", "unconditional")
+    tensors = {f"{branch}.{key}": tensor for branch in branches for key, tensor in int8_tensors().items()}
+    markers = {"conditional.m": {"format": "int8_tensorwise"}, "unconditional.m": ROTATED}
+    metadata = {"_quantization_metadata": json.dumps({"layers": markers})}
+    file = open_branches(small.save(tmp_path / "two.safetensors", tensors, metadata=metadata))
+    assert [file.load(branch).weights["m.weight"].rotation_group for branch in branches] == [0, 64]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_markers_that_fit_no_module_are_refused(tmp_path, prefix):
+    path = file_with_markers(tmp_path, prefix, {f"{prefix}other.m": ROTATED})
+    with pytest.raises(
+        CheckpointError, match=r"quantization metadata for modules such as '.*other\.m', which the file"
+    ):
+        load_branch(path)
+
+
+def test_a_quantized_text_encoder_in_the_same_file_changes_nothing(tmp_path):
+    broken = {
+        "text_encoders.t5.m.weight": torch.zeros(4, 4, dtype=torch.uint8),
+        "text_encoders.t5.m.comfy_quant": torch.zeros(3, dtype=torch.uint8),
+        "m.weight": torch.zeros(4, 4, dtype=torch.int8),
+        "vae.decoder.weight": torch.zeros(4),
+    }
+    path = file_with_markers(tmp_path, "model.diffusion_model.", {"m": ROTATED, "text_encoders.t5.m": 7}, broken)
+    weights = load_branch(path).weights
+    assert list(weights) == ["m.weight"] and weights["m.weight"].rotation_group == 0
+
+
+def test_all_in_one_checkpoints_are_recognized_by_the_diffusion_model(tmp_path, floats):
+    tensors = small.with_prefix(floats["conditional"], "model.diffusion_model.")
+    path = small.save(tmp_path / "all.safetensors", {**tensors, "vae.decoder.weight": torch.zeros(4)})
+    file = open_branches(path)
+    assert file.is_ideogram4 and file.names == ("only",)
+    assert file.load().weights.keys() == floats["conditional"].keys()
+
+
+def test_padding_tokens_get_their_first_dimension_back(tmp_path):
+    model = small.lumina2()
+    flat = {key: tensor[0] if key.endswith("pad_token") else tensor for key, tensor in model.items()}
+    for path in (
+        small.write_gguf(tmp_path / "z.gguf", flat),
+        small.write_gguf(tmp_path / "packed.gguf", flat, choose=lambda key, tensor: "Q8_0"),
+        small.save(tmp_path / "z.safetensors", flat),
+    ):
+        weights = load_branch(path).weights
+        assert {key: tuple(weight.shape) for key, weight in weights.items()} == {
+            key: tuple(tensor.shape) for key, tensor in model.items()
+        }
 
 
 # The base checkpoint
@@ -173,6 +361,39 @@ def test_linears_alone_need_a_base(tmp_path, floats):
     )
 
 
+def test_a_base_of_linears_alone_is_refused(tmp_path, floats):
+    path = small.save(tmp_path / "q.safetensors", small.int8_transformer_lab(floats))
+    with pytest.raises(CheckpointError) as refused:
+        load_branch(path, "unconditional", path)
+    text = "q.safetensors: found a base checkpoint of linear layers alone, without norms and embeddings"
+    assert str(refused.value).startswith(text) and "as base_checkpoint_unconditional." in str(refused.value)
+
+
+def test_a_base_that_is_not_needed_is_ignored_with_a_warning(tmp_path, floats, caplog):
+    path = small.save(tmp_path / "whole.safetensors", small.int8_native(floats["conditional"]))
+    base_path = small.save(tmp_path / "base.safetensors", floats["unconditional"])
+    assert load_branch(path, base_path=base_path).weights.keys() == load_branch(path).weights.keys()
+    assert "whole.safetensors is complete: the base checkpoint base.safetensors is ignored" in caplog.text
+    with pytest.raises(CheckpointError, match=r"^gone\.safetensors: found no such file"):
+        load_branch(path, base_path=tmp_path / "gone.safetensors")
+
+
+def test_branches_of_an_opened_file_lie_on_one_mapping(tmp_path, floats):
+    opened = []
+
+    class CountingFile(MappedFile):
+        def __init__(self, path):
+            super().__init__(path)
+            opened.append(path)
+
+    path = small.write_gguf(tmp_path / "two.gguf", {"cond.": floats["conditional"], "uncond.": floats["unconditional"]})
+    file = open_branches(path, CountingFile)
+    assert file.names == ("conditional", "unconditional") and file.unconditional_source() == "unconditional"
+    for name in file.names:
+        assert file.load(name).weights.keys() == floats[name].keys()
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize(
     "base, text",
     [
@@ -210,19 +431,19 @@ def test_smoothing_that_reads_equally_well_both_ways_is_refused(floats):
 
 def test_same_file_means_the_unconditional_branch_where_there_is_one(tmp_path, floats):
     two = small.write_gguf(tmp_path / "two.gguf", {"cond.": floats["conditional"], "uncond.": floats["unconditional"]})
-    assert unconditional_source(two) == "unconditional"
+    assert open_branches(two).unconditional_source() == "unconditional"
     flux = small.write_gguf(tmp_path / "flux.gguf", small.flux())
-    assert unconditional_source(flux) is None
+    assert open_branches(flux).unconditional_source() is None
 
 
 def test_same_file_of_a_one_branch_ideogram4_is_refused(tmp_path, floats):
     one = small.write_gguf(tmp_path / "ideogram4_uncond-Q4_0.gguf", floats["unconditional"])
     with pytest.raises(CheckpointError) as refused:
-        unconditional_source(one)
+        open_branches(one).unconditional_source()
     found = "found one branch alone (going by the names, the unconditional one), expected both branches"
     assert found in str(refused.value)
     half = small.write_gguf(tmp_path / "half.gguf", {"cond.": floats["conditional"]})
     with pytest.raises(CheckpointError, match="one branch alone"):
-        unconditional_source(half)
+        open_branches(half).unconditional_source()
     with pytest.raises(CheckpointError, match="only the conditional branch, expected the unconditional branch"):
         load_branch(half, "unconditional")

@@ -14,12 +14,11 @@ import uuid
 from dataclasses import dataclass
 
 from host_harness import browser, inprocess, server
+from host_harness.template_files import FP8, TEXT_ENCODER, VAE
 
 WORKFLOWS = inprocess.ROOT / "workflows"
 PICTURE_SIZE = 512
 
-TEXT_ENCODER, VAE = "qwen3vl_8b_fp8_scaled.safetensors", "flux2-vae.safetensors"
-FP8 = ("ideogram4_fp8_scaled.safetensors", "ideogram4_unconditional_fp8_scaled.safetensors")
 COMFY_ORG = "https://huggingface.co/Comfy-Org"
 TRANSFORMER_LAB = "https://huggingface.co/transformerlab"
 
@@ -153,8 +152,8 @@ GGUF_Q4_K = Workflow(
 | ideogram4-q4_k.gguf | [transformerlab/ideogram-4-gguf-q4_k]({TRANSFORMER_LAB}/ideogram-4-gguf-q4_k) |""",
     cost="""\
 This one file has both branches, so **unconditional** is *same file*. Q4_K (10.4 GB) is the small one and loses some \
-detail. ideogram4-q8_0.gguf (19.7 GB, same owner) loses the least: pick it as **checkpoint** instead. For speed take \
-INT8 (20.4 GB): workflow *ideogram4_int8*.""",
+detail. ideogram4-q8_0.gguf (19.7 GB, same owner) loses the least: pick it as **checkpoint** instead. INT8 (20.4 GB, \
+and the FP8 release beside it) is in the workflow *ideogram4_int8*.""",
     picture=Picture("Q4_K", "GGUF, one file", "10.4 GB, both branches", 4, "#143528", "#63c294"),
 )
 

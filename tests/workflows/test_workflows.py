@@ -8,8 +8,7 @@ import re
 import urllib.request
 
 import pytest
-import torch
-from host_harness import graphs, inprocess, server, small_models
+from host_harness import graphs, inprocess, server, template_files
 from PIL import Image
 
 from . import make_workflows
@@ -45,64 +44,13 @@ def made_small(workflow: dict) -> dict:
     return workflow
 
 
-def flux2_decoder_shapes(width: int = 32, latent_channels: int = 32) -> small_models.Shapes:
-    """The decoder of the Flux 2 VAE, a quarter as wide; the host does not miss the encoder in order to decode."""
-
-    def conv(name: str, n: int, k: int, size: int = 3) -> small_models.Shapes:
-        return {f"{name}.weight": (n, k, size, size), f"{name}.bias": (n,)}
-
-    def norm(name: str, n: int) -> small_models.Shapes:
-        return {f"{name}.weight": (n,), f"{name}.bias": (n,)}
-
-    def block(name: str, n: int, k: int) -> small_models.Shapes:
-        shapes = norm(f"{name}.norm1", k) | conv(f"{name}.conv1", n, k)
-        shapes |= norm(f"{name}.norm2", n) | conv(f"{name}.conv2", n, n)
-        return shapes | (conv(f"{name}.nin_shortcut", n, k, size=1) if n != k else {})
-
-    inner = 4 * width
-    shapes = conv("post_quant_conv", latent_channels, latent_channels, size=1)
-    shapes |= conv("decoder.conv_in", inner, latent_channels) | norm("decoder.mid.attn_1.norm", inner)
-    for name in ("q", "k", "v", "proj_out"):
-        shapes |= conv(f"decoder.mid.attn_1.{name}", inner, inner, size=1)
-    for i in (1, 2):
-        shapes |= block(f"decoder.mid.block_{i}", inner, inner)
-    for level, factor in ((3, 4), (2, 4), (1, 2), (0, 1)):
-        for i in range(3):
-            shapes |= block(f"decoder.up.{level}.block.{i}", factor * width, inner)
-            inner = factor * width
-        if level:
-            shapes |= conv(f"decoder.up.{level}.upsample.conv", inner, inner)
-    return shapes | norm("decoder.norm_out", inner) | conv("decoder.conv_out", 3, inner)
-
-
-def write_files(base) -> None:
-    models = base / "models"
-    folder = models / "diffusion_models"
-    branches = {name: small_models.ideogram4(name) for name in ("conditional", "unconditional")}
-    conditional, unconditional = branches.values()
-    small_models.save(
-        folder / "ideogram4-int8-w8a8.safetensors", small_models.int8_transformer_lab(branches, smooth="divide")
-    )
-    for file, branch in zip(make_workflows.FP8, branches.values(), strict=True):
-        small_models.save(folder / file, small_models.fp8_scaled(branch))
-    both = {"cond.": conditional, "uncond.": unconditional}
-    small_models.write_gguf(folder / "ideogram4-q4_k.gguf", both, linear="Q4_K")
-    for file, branch in (("ideogram4-Q4_0.gguf", conditional), ("ideogram4_uncond-Q4_0.gguf", unconditional)):
-        options = {"linear": "Q4_0", "architecture": None, "prefix": small_models.HOST_PREFIX}
-        small_models.write_gguf(folder / file, branch, **options)
-    small_models.save(models / "text_encoders" / make_workflows.TEXT_ENCODER, small_models.text_encoder())
-    vae = small_models.fill(flux2_decoder_shapes(), name="flux2_vae")
-    vae |= {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
-    small_models.save(models / "vae" / make_workflows.VAE, vae)
-
-
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """A server of its own: whose model folders hold these files and no others."""
     if inprocess.find_host() is None:
         pytest.skip(inprocess.missing_host_reason())
     base = tmp_path_factory.mktemp("workflows")
-    write_files(base)
+    template_files.write(base)
     with server.ComfyServer(base) as running:
         yield running
 
@@ -364,3 +312,27 @@ def test_shipped_file_is_what_the_page_makes(host, opened, name):
     if made["extra"]["frontendVersion"] != version:
         pytest.skip(f"the files were written by version {version} of the page")
     assert made == shipped
+
+
+def test_inspection_shows_its_report_on_the_node(host, browser_page):
+    """The page draws text outputs of its own nodes only: ours brings the widget, which is in no prompt and no file."""
+    page = browser_page(host.url)
+    prompt = {
+        "1": {
+            "class_type": "Lowbit_LoadDiffusionModelGguf",
+            "inputs": {
+                "checkpoint": "ideogram4-q4_k.gguf",
+                "unconditional": "same file",
+                "compute_mode": "auto",
+                "dtype": "default",
+            },
+        },
+        "2": {"class_type": "Lowbit_InspectQuantizedModel", "inputs": {"model": ["1", 0]}},
+    }
+    page.evaluate("async (prompt) => { await window.app.loadApiJson(prompt, 'inspect'); }", prompt)
+    page.evaluate("async () => { await window.app.queuePrompt(0, 1); }")
+    shown = """() => window.app.graph.nodes.find((node) => node.type === "Lowbit_InspectQuantizedModel")
+        .widgets?.find((widget) => widget.name === "shown_report")?.value"""
+    page.wait_for_function(f"() => ({shown})()?.includes('gguf_q4_k')")
+    assert "bits/weight" in page.evaluate(shown)
+    assert "shown_report" not in json.dumps(page.evaluate("async () => (await window.app.graphToPrompt()).output"))
