@@ -97,7 +97,9 @@ class LowbitInt8Layout(_LowbitLayout):
     @classmethod
     def quantized_like(cls, values, params):
         rotation_group = params.convrot_groupsize if params.convrot else 0
-        return int8.quantize_weight(values, params.scale.numel() > 1, params.smooth, rotation_group)
+        # The host merges on the GPU while the weight it is like may lie on the CPU.
+        smooth = None if params.smooth is None else params.smooth.to(values.device)
+        return int8.quantize_weight(values, params.scale.numel() > 1, smooth, rotation_group)
 
 
 class LowbitGgufLayout(_LowbitLayout):
