@@ -96,7 +96,8 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     compat.check_host()
     compat.allow_saving_offloaded_integers()
     settings = LoadSettings(os.path.basename(request.path), request.compute_mode)
-    if request.quantize and not _is_quantized(branch):
+    is_quantized = _is_quantized(branch)
+    if request.quantize and not is_quantized:
         _check_protected(request, branch)
         settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
     model_options = {"custom_operations": make_operations(settings)}
@@ -105,7 +106,7 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
         model_options["dtype"] = dtype
     metadata = {key: value for key, value in branch.metadata.items() if isinstance(value, str)}
     state_dict = host_state_dict(branch, dtype or torch.bfloat16)
-    if _is_quantized(branch) and _is_diffusers(state_dict):
+    if is_quantized and _is_diffusers(state_dict):
         raise _diffusers_names(branch)
     try:
         patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options, metadata, disable_dynamic)
@@ -154,12 +155,10 @@ def _is_quantized(branch: Branch) -> bool:
 def _is_diffusers(state_dict: dict[str, torch.Tensor]) -> bool:
     """Whether the host would rename and join these tensors, which it cannot do with quantized ones."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
-    shapes = {
-        key.removeprefix(prefix): torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
-        for key, tensor in state_dict.items()
-    }
-    if comfy.model_detection.detect_unet_config(shapes, "") is not None:
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+    if comfy.model_detection.detect_unet_config(tensors, "") is not None:
         return False
+    shapes = {key: torch.empty(t.shape, dtype=torch.bfloat16, device="meta") for key, t in tensors.items()}
     return comfy.model_detection.convert_diffusers_mmdit(shapes, "") is not None
 
 
