@@ -38,6 +38,11 @@ def use_implementation(name: str) -> Iterator[None]:
         _named.reset(token)
 
 
+def named_implementation() -> str | None:
+    """The name that `use_implementation` is in force with, or None."""
+    return _named.get()
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """An op of the package `package`, with its implementations' module names, fastest first; the last is the
