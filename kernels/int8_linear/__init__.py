@@ -7,13 +7,13 @@ import torch
 
 from ..dispatch import Op
 
-OP = Op(__name__, ("torch_impl", "reference"))
+OP = Op(__name__, ("triton_impl", "torch_impl", "reference"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Int8LinearCall:
     """One checked call: xq int8 [M, K], x_scale float32 [M, 1], wq int8 [N, K], w_scale float32 [1, 1] or [N, 1], bias
-    [N]."""
+    [N]. tune: whether a kernel may measure its configurations at first use."""
 
     xq: torch.Tensor
     x_scale: torch.Tensor
@@ -21,6 +21,7 @@ class Int8LinearCall:
     w_scale: torch.Tensor
     bias: torch.Tensor | None
     out_dtype: torch.dtype
+    tune: bool = False
 
     @property
     def M(self) -> int:
@@ -51,11 +52,13 @@ def int8_linear(
     w_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    tune: bool = True,
 ) -> torch.Tensor:
     """The linear layer on quantized operands.
 
     xq: int8 [..., K]. x_scale: float32 [..., 1], per-token. wq: int8 [N, K]. w_scale: float32, per-tensor (one
-    element) or per-channel (N elements). bias: [N] or None. Returns [..., N] in out_dtype. The integer sum is exact
+    element) or per-channel (N elements). bias: [N] or None. tune: whether a kernel may measure its configurations at the
+    first call of a shape (`kernels.tuning`). Returns [..., N] in out_dtype. The integer sum is exact
     for K < 131072.
 
     Raises ValueError naming shapes and dtypes that do not fit.
@@ -74,7 +77,7 @@ def int8_linear(
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"int8_linear: bias must have shape ({N},), got {tuple(bias.shape)}")
     y = torch.ops.lowbit.int8_linear(
-        xq.reshape(-1, K), x_scale.reshape(-1, 1), wq, w_scale.reshape(-1, 1), bias, out_dtype
+        xq.reshape(-1, K), x_scale.reshape(-1, 1), wq, w_scale.reshape(-1, 1), bias, out_dtype, tune
     )
     return y.reshape(*xq.shape[:-1], N)
 
@@ -87,8 +90,9 @@ def _int8_linear(
     w_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    tune: bool,
 ) -> torch.Tensor:
-    return OP.run(Int8LinearCall(xq, x_scale, wq, w_scale, bias, out_dtype))
+    return OP.run(Int8LinearCall(xq, x_scale, wq, w_scale, bias, out_dtype, tune))
 
 
 @_int8_linear.register_fake
@@ -99,5 +103,6 @@ def _(
     w_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    tune: bool,
 ) -> torch.Tensor:
     return xq.new_empty((xq.shape[0], wq.shape[0]), dtype=out_dtype)

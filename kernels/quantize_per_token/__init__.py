@@ -6,7 +6,7 @@ import torch
 
 from ..dispatch import Op
 
-OP = Op(__name__, ("reference",))
+OP = Op(__name__, ("triton_impl", "reference"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,20 +26,26 @@ def quantize_per_token(
 
     x: float [..., K]. smooth: float32 [K], multiplies x first. rotation_group: 0, or the size of the Hadamard groups
     that x is rotated by along K (after smoothing). Returns xq int8 [..., K] and x_scale float32 [..., 1] with
-    `x_scale = absmax / 127` in float32; an all-zero token gets scale 1e-30 and zeros; a token that holds a NaN or an
-    infinity gets that as its scale and zeros, so that a product with it is NaN.
+    `x_scale = absmax / 127` in float32 and codes rounded from x * (1 / x_scale), halves to even. An all-zero token gets scale 1e-30 and zeros; a token that
+    holds a NaN or an infinity gets that as its scale and zeros, so that a product with it is NaN.
 
     Raises ValueError for a dtype that is not floating, a smooth that is not [K] and a group that does not divide K.
     """
     K = x.shape[-1]
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"quantize_per_token needs floating-point activations, got {x.dtype}")
-    if smooth is not None and tuple(smooth.shape) != (K,):
-        raise ValueError(f"quantize_per_token: smooth must have shape ({K},), got {tuple(smooth.shape)}")
-    if rotation_group and K % rotation_group:
-        raise ValueError(f"quantize_per_token: rotation group {rotation_group} does not divide K={K}")
+    check_quantizer("quantize_per_token", x, smooth, rotation_group)
     xq, x_scale = torch.ops.lowbit.quantize_per_token(x.reshape(-1, K), smooth, rotation_group)
     return xq.reshape(x.shape), x_scale.reshape(*x.shape[:-1], 1)
+
+
+def check_quantizer(op: str, x: torch.Tensor, smooth: torch.Tensor | None, rotation_group: int) -> None:
+    """Raises ValueError for activations x [..., K] or quantizer options that do not fit."""
+    K = x.shape[-1]
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{op} needs floating-point activations, got {x.dtype}")
+    if smooth is not None and (tuple(smooth.shape) != (K,) or smooth.dtype != torch.float32):
+        raise ValueError(f"{op}: smooth must be float32 of shape ({K},), got {smooth.dtype} {tuple(smooth.shape)}")
+    if rotation_group and K % rotation_group:
+        raise ValueError(f"{op}: rotation group {rotation_group} does not divide K={K}")
 
 
 @torch.library.custom_op("lowbit::quantize_per_token", mutates_args=())

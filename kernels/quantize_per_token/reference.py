@@ -1,4 +1,7 @@
-"""xq = round(rotate(x * smooth) / x_scale), x_scale = max(absmax / 127, 1e-30), in float32, a chunk at a time."""
+"""xq = round(rotate(x * smooth) * (1 / x_scale)), x_scale = max(absmax / 127, 1e-30), in float32, a chunk at a time.
+
+One division a token, not one a feature: a kernel that multiplies by the same reciprocal gives the same codes.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,19 @@ def run(call: QuantizePerTokenCall) -> tuple[torch.Tensor, torch.Tensor]:
     xq = torch.empty((M, K), dtype=torch.int8, device=call.x.device)
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=call.x.device)
     for tokens in row_chunks(M, K, call.x.device):
-        x = call.x[tokens].float()
-        if call.smooth is not None:
-            x = x * call.smooth
-        if call.rotation_group:
-            x = rotate(x, call.rotation_group)
-        x_scale[tokens] = symmetric_scale(x.abs().amax(dim=-1, keepdim=True))
-        # The cast of a NaN to int8 is undefined: zero it, the scale already carries it.
-        codes = (x / x_scale[tokens]).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        xq[tokens] = codes.to(torch.int8)
+        xq[tokens], x_scale[tokens] = quantize_rows(call.x[tokens].float(), call.smooth, call.rotation_group)
     return xq, x_scale
+
+
+def quantize_rows(
+    x: torch.Tensor, smooth: torch.Tensor | None, rotation_group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [M, K] and scales float32 [M, 1] of float32 values x [M, K]."""
+    if smooth is not None:
+        x = x * smooth
+    if rotation_group:
+        x = rotate(x, rotation_group)
+    x_scale = symmetric_scale(x.abs().amax(dim=-1, keepdim=True))
+    # The cast of a NaN to int8 is undefined: zero it, the scale already carries it.
+    codes = (x * x_scale.reciprocal()).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return codes.to(torch.int8), x_scale

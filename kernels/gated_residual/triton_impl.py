@@ -1,0 +1,88 @@
+"""x = residual + gate * (y * rsqrt(mean(y**2) + eps) * weight): one program a token, every tensor moved once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from ..quantize_per_token.triton_impl import HELD_K, load_features, row_major, token_constants, token_refusal
+from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate
+
+if TYPE_CHECKING:
+    from . import GatedResidualCall
+
+
+def supports(call: GatedResidualCall) -> str | None:
+    """The reason this implementation cannot run the call, or None."""
+    return token_refusal(call.residual, 0, HELD_K)
+
+
+def run(call: GatedResidualCall) -> torch.Tensor:
+    residual, y, gate = row_major(call.residual), row_major(call.y), row_major(call.gate)
+    M, K = residual.shape
+    x = torch.empty((M, K), dtype=residual.dtype, device=residual.device)
+    constants = token_constants(K)
+    del constants["HADAMARD_DTYPE"]
+    if M:
+        with torch.cuda.device_of(x):
+            _gated_residual_kernel[(M,)](
+                residual,
+                y,
+                call.weight.contiguous(),
+                gate,
+                x,
+                K,
+                residual.stride(0),
+                y.stride(0),
+                gate.stride(0),
+                M // gate.shape[0],
+                call.eps,
+                **constants,
+            )
+    return x
+
+
+@triton.jit(do_not_specialize=["sample_tokens"])
+def _gated_residual_kernel(
+    residual_ptr,
+    y_ptr,
+    weight_ptr,
+    gate_ptr,
+    x_ptr,
+    K,
+    stride_rm,
+    stride_ym,
+    stride_gate,
+    sample_tokens,
+    eps,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    residual_ptr += m * stride_rm
+    y_ptr += m * stride_ym
+    gate_ptr += m // sample_tokens * stride_gate
+    x_ptr += m * K
+    a = load_features(y_ptr, 0, K, BLOCK_A)
+    square_sum = tl.sum(a * a)
+    if BLOCK_B:
+        b = load_features(y_ptr, BLOCK_A, K, BLOCK_B)
+        square_sum += tl.sum(b * b)
+    inverse_rms = inverse_root(square_sum / K + eps)
+    add_branch(a, inverse_rms, residual_ptr, weight_ptr, gate_ptr, x_ptr, 0, K, BLOCK_A)
+    if BLOCK_B:
+        add_branch(b, inverse_rms, residual_ptr, weight_ptr, gate_ptr, x_ptr, BLOCK_A, K, BLOCK_B)
+
+
+@triton.jit
+def add_branch(y, inverse_rms, residual_ptr, weight_ptr, gate_ptr, x_ptr, start, K, BLOCK: tl.constexpr):
+    """residual + gate * (y * inverse_rms * weight), stored; returned as the float32 of what was stored."""
+    x = load_features(residual_ptr, start, K, BLOCK)
+    x += modulate(y, inverse_rms, weight_ptr, gate_ptr, start, K, BLOCK)
+    x = x.to(x_ptr.dtype.element_ty)
+    k = start + tl.arange(0, BLOCK)
+    tl.store(x_ptr + k, x, mask=k < K)
+    return x.to(tl.float32)

@@ -1,0 +1,120 @@
+"""x = residual + gate * norm(y); xq, x_scale = quantize(norm(x) * scale): one program a token, held in registers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from ..gated_residual.triton_impl import add_branch
+from ..quantize_per_token.triton_impl import (
+    HELD_K,
+    absmax_bits,
+    load_features,
+    row_major,
+    scale_of,
+    store_codes,
+    token_constants,
+    token_refusal,
+    transform_features,
+)
+from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate
+
+if TYPE_CHECKING:
+    from . import GatedResidualNormQuantizeCall
+
+
+def supports(call: GatedResidualNormQuantizeCall) -> str | None:
+    """The reason this implementation cannot run the call, or None."""
+    return token_refusal(call.residual, call.rotation_group, HELD_K)
+
+
+def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    residual, y, gate, scale = (row_major(t) for t in (call.residual, call.y, call.gate, call.scale))
+    M, K = residual.shape
+    x = torch.empty((M, K), dtype=residual.dtype, device=residual.device)
+    xq = torch.empty((M, K), dtype=torch.int8, device=residual.device)
+    x_scale = torch.empty((M, 1), dtype=torch.float32, device=residual.device)
+    if M:
+        with torch.cuda.device_of(x):
+            _gated_residual_norm_quantize_kernel[(M,)](
+                residual,
+                y,
+                call.y_weight.contiguous(),
+                gate,
+                call.weight.contiguous(),
+                scale,
+                call.smooth,
+                x,
+                xq,
+                x_scale,
+                K,
+                residual.stride(0),
+                y.stride(0),
+                gate.stride(0),
+                scale.stride(0),
+                M // gate.shape[0],
+                call.eps,
+                ROTATE=call.rotation_group != 0,
+                **token_constants(K),
+            )
+    return x, xq, x_scale
+
+
+@triton.jit(do_not_specialize=["sample_tokens"])
+def _gated_residual_norm_quantize_kernel(
+    residual_ptr,
+    y_ptr,
+    y_weight_ptr,
+    gate_ptr,
+    weight_ptr,
+    scale_ptr,
+    smooth_ptr,
+    x_ptr,
+    xq_ptr,
+    x_scale_ptr,
+    K,
+    stride_rm,
+    stride_ym,
+    stride_gate,
+    stride_scale,
+    sample_tokens,
+    eps,
+    ROTATE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HADAMARD_DTYPE: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    residual_ptr += m * stride_rm
+    y_ptr += m * stride_ym
+    gate_ptr += m // sample_tokens * stride_gate
+    scale_ptr += m // sample_tokens * stride_scale
+    x_ptr += m * K
+    a = load_features(y_ptr, 0, K, BLOCK_A)
+    square_sum = tl.sum(a * a)
+    if BLOCK_B:
+        b = load_features(y_ptr, BLOCK_A, K, BLOCK_B)
+        square_sum += tl.sum(b * b)
+    inverse_rms = inverse_root(square_sum / K + eps)
+    a = add_branch(a, inverse_rms, residual_ptr, y_weight_ptr, gate_ptr, x_ptr, 0, K, BLOCK_A)
+    square_sum = tl.sum(a * a)
+    if BLOCK_B:
+        b = add_branch(b, inverse_rms, residual_ptr, y_weight_ptr, gate_ptr, x_ptr, BLOCK_A, K, BLOCK_B)
+        square_sum += tl.sum(b * b)
+    inverse_rms = inverse_root(square_sum / K + eps)
+    a = modulate(a, inverse_rms, weight_ptr, scale_ptr, 0, K, BLOCK_A)
+    a = transform_features(a, smooth_ptr, 0, K, ROTATE, False, BLOCK_A, HADAMARD_DTYPE)
+    absmax = absmax_bits(a)
+    if BLOCK_B:
+        b = modulate(b, inverse_rms, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
+        b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, False, BLOCK_B, HADAMARD_DTYPE)
+        absmax = tl.maximum(absmax, absmax_bits(b))
+    x_scale = scale_of(absmax)
+    tl.store(x_scale_ptr + m, x_scale)
+    xq_ptr += m * K
+    store_codes(xq_ptr, a, x_scale, 0, K, BLOCK_A)
+    if BLOCK_B:
+        store_codes(xq_ptr, b, x_scale, BLOCK_A, K, BLOCK_B)

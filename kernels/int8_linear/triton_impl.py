@@ -1,0 +1,194 @@
+"""y[M, N] = (xq[M, K] @ wq[N, K].T) * x_scale[M, 1] * w_scale[N, 1].T + bias[N]
+xq per-token int8, wq per-channel or per-tensor int8, scales float32; the int32 sum is exact for K < 131072.
+
+A program computes one tile of y. Tiles are visited in groups of GROUP_M rows of tiles, so that programs that run at the
+same time read the same weights. Where the tiles are too few to fill the device (a long K behind few tokens), the sum is
+split along K: the parts leave int32 sums, and a second kernel adds them up, exactly and in no particular order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import tuning
+from ..capability import triton_refusal
+from . import configs
+
+if TYPE_CHECKING:
+    from . import Int8LinearCall
+
+SOURCE = tuning.source_hash(__file__, configs.__file__)
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SUM_BLOCK = 1024
+
+
+def supports(call: Int8LinearCall) -> str | None:
+    """The reason this implementation cannot run the call, or None."""
+    if reason := triton_refusal(call.device):
+        return reason
+    return None if call.out_dtype in OUT_DTYPES else f"writes bf16, fp16 and fp32, not {call.out_dtype}"
+
+
+def run(call: Int8LinearCall) -> torch.Tensor:
+    y = torch.empty((call.M, call.N), dtype=call.out_dtype, device=call.device)
+    if call.M == 0 or call.N == 0:
+        return y
+    xq = call.xq if call.xq.stride(1) == 1 else call.xq.contiguous()
+    wq = call.wq if call.wq.stride(1) == 1 else call.wq.contiguous()
+    with torch.cuda.device_of(y):
+        bucket = tuning.bucket(call.M)
+        config = tuning.choose(
+            "int8_linear",
+            SOURCE,
+            call.device,
+            f"M{bucket} N{call.N} K{call.K} {str(call.out_dtype).removeprefix('torch.')}",
+            configs.candidates(call.device, bucket),
+            lambda config: _launch(call, xq, wq, y, config),
+            call.tune,
+        )
+        _launch(call, xq, wq, y, config)
+    return y
+
+
+def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.Tensor, config: dict) -> None:
+    M, N, K = call.M, call.N, call.K
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    parts = configs.parts_along_k(tiles, K, config, call.device)
+    part_k = triton.cdiv(triton.cdiv(K, parts), config["BLOCK_K"]) * config["BLOCK_K"]
+    parts = triton.cdiv(K, part_k)
+    sums = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.int32, device=y.device)
+    _int8_linear_kernel[(tiles, parts)](
+        xq,
+        wq,
+        call.x_scale,
+        call.w_scale,
+        call.bias,
+        sums,
+        M,
+        N,
+        K,
+        part_k,
+        xq.stride(0),
+        wq.stride(0),
+        PER_CHANNEL=call.w_scale.numel() > 1,
+        SPLIT=parts > 1,
+        EVEN_K=K % config["BLOCK_K"] == 0,
+        **config,
+    )
+    if parts > 1:
+        _add_parts_kernel[(triton.cdiv(N, SUM_BLOCK), M)](
+            sums,
+            call.x_scale,
+            call.w_scale,
+            call.bias,
+            y,
+            parts,
+            M,
+            N,
+            PER_CHANNEL=call.w_scale.numel() > 1,
+            BLOCK=SUM_BLOCK,
+        )
+
+
+@triton.jit(do_not_specialize=["M", "part_k"])
+def _int8_linear_kernel(
+    xq_ptr,
+    wq_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    part_k,
+    stride_xm,
+    stride_wn,
+    PER_CHANNEL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    first_k = tl.program_id(1) * part_k
+    length = tl.minimum(K - first_k, part_k)
+    # Rows beyond the edge read row 0 instead of being masked: their results are not stored.
+    x_ptrs = xq_ptr + first_k + tl.where(m < M, m, 0).to(tl.int64)[:, None] * stride_xm + k[None, :]
+    w_ptrs = wq_ptr + first_k + tl.where(n < N, n, 0).to(tl.int64)[None, :] * stride_wn + k[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, length, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(start + k < length)[None, :], other=0)
+            w = tl.load(w_ptrs, mask=(start + k < length)[:, None], other=0)
+        total = tl.dot(x, w, total, out_dtype=tl.int32)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    if SPLIT:
+        tl.store(y_ptrs + tl.program_id(1).to(tl.int64) * M * N, total, mask=mask)
+    else:
+        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
+        y = _scaled(total, x_scale[:, None], w_scale_ptr, bias_ptr, n, N, PER_CHANNEL)
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["parts", "M"])
+def _add_parts_kernel(
+    sums_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    parts,
+    M,
+    N,
+    PER_CHANNEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.int32)
+    sums_ptrs = sums_ptr + m * N + n
+    for _ in range(parts):
+        total += tl.load(sums_ptrs, mask=n < N, other=0)
+        sums_ptrs += M.to(tl.int64) * N
+    y = _scaled(total[None, :], tl.load(x_scale_ptr + m), w_scale_ptr, bias_ptr, n, N, PER_CHANNEL)
+    tl.store(y_ptr + m * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=(n < N)[None, :])
+
+
+@triton.jit
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The tile of y that this program computes: down GROUP_M tiles, then right."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    group_tiles = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = tl.program_id(0) // group_tiles * GROUP_M
+    rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = tl.program_id(0) % group_tiles
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def _scaled(total, x_scale, w_scale_ptr, bias_ptr, n, N, PER_CHANNEL: tl.constexpr):
+    """The epilogue in float32: total[., n] * x_scale * w_scale[n] + bias[n]."""
+    if PER_CHANNEL:
+        w_scale = tl.load(w_scale_ptr + n, mask=n < N, other=0.0)
+        y = total.to(tl.float32) * x_scale * w_scale[None, :]
+    else:
+        y = total.to(tl.float32) * x_scale * tl.load(w_scale_ptr)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    return y

@@ -1,0 +1,218 @@
+"""xq = round(rotate(x * smooth) * (1 / x_scale)), x_scale = max(absmax / 127, 1e-30): one program a token.
+
+A token of up to HELD_K features stays in registers between finding its scale and rounding, so it is read once. It is
+held in two parts, the largest power of two that fits in K and the rest: K = 4608 is 4096 + 512 and fills its lanes,
+where one power of two (8192) would leave half of them idle. A longer token is read a second time, from the L2 cache.
+
+The fused producers (RMSNorm, SwiGLU) share the building blocks below.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from ..capability import interpreted, triton_refusal
+
+if TYPE_CHECKING:
+    from . import QuantizePerTokenCall
+
+HELD_K = 16384  # beyond, a token spills the registers of one program
+LONG_BLOCK = 8192
+ROTATION_GROUP = 256
+
+# The interpreter has no bf16 products; float32 ones are exact in its stead.
+HADAMARD_DTYPE = tl.float32 if interpreted() else tl.bfloat16
+
+
+def supports(call: QuantizePerTokenCall) -> str | None:
+    """The reason this implementation cannot run the call, or None."""
+    return token_refusal(call.x, call.rotation_group)
+
+
+def token_refusal(x: torch.Tensor, rotation_group: int, longest_K: int | None = None) -> str | None:
+    """What every kernel on tokens x[m, :] refuses, or None. longest_K: the limit of one that must hold the token."""
+    if reason := triton_refusal(x.device):
+        return reason
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"reads bf16, fp16 and fp32, found {x.dtype}"
+    if longest_K is not None and x.shape[-1] > longest_K:
+        return f"holds K up to {longest_K} in registers, found K={x.shape[-1]}"
+    if rotation_group not in (0, ROTATION_GROUP):
+        return f"rotates groups of {ROTATION_GROUP}, found {rotation_group}"
+    return None
+
+
+def run(call: QuantizePerTokenCall) -> tuple[torch.Tensor, torch.Tensor]:
+    x = row_major(call.x)
+    M, K = x.shape
+    xq = torch.empty((M, K), dtype=torch.int8, device=x.device)
+    x_scale = torch.empty((M, 1), dtype=torch.float32, device=x.device)
+    arguments = (x, call.smooth, xq, x_scale, K, x.stride(0), call.rotation_group != 0)
+    if M:
+        with torch.cuda.device_of(x):
+            if K <= HELD_K:
+                _quantize_per_token_kernel[(M,)](*arguments, **token_constants(K))
+            else:
+                _quantize_long_token_kernel[(M,)](*arguments, LONG_BLOCK, HADAMARD_DTYPE, num_warps=16)
+    return xq, x_scale
+
+
+def row_major(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] with neighbouring features side by side; tokens may be strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def token_constants(K: int) -> dict:
+    """The launch constants of a kernel that holds one token of K features: the two parts and the warps."""
+    block_a = max(ROTATION_GROUP, 1 << (K.bit_length() - 1))
+    block_b = max(ROTATION_GROUP, triton.next_power_of_2(K - block_a)) if K > block_a else 0
+    # About 32 features a thread: fewer warps leave too few loads in flight, more wait longer for the reduction.
+    num_warps = min(max(block_a // 1024, 1), 32)
+    return {"BLOCK_A": block_a, "BLOCK_B": block_b, "HADAMARD_DTYPE": HADAMARD_DTYPE, "num_warps": num_warps}
+
+
+@triton.jit
+def _quantize_per_token_kernel(
+    x_ptr,
+    smooth_ptr,
+    xq_ptr,
+    x_scale_ptr,
+    K,
+    stride_xm,
+    ROTATE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HADAMARD_DTYPE: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    x_ptr += m * stride_xm
+    exact: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16 and smooth_ptr is None
+    a = load_features(x_ptr, 0, K, BLOCK_A)
+    a = transform_features(a, smooth_ptr, 0, K, ROTATE, exact, BLOCK_A, HADAMARD_DTYPE)
+    absmax = absmax_bits(a)
+    if BLOCK_B:
+        b = load_features(x_ptr, BLOCK_A, K, BLOCK_B)
+        b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, exact, BLOCK_B, HADAMARD_DTYPE)
+        absmax = tl.maximum(absmax, absmax_bits(b))
+    scale = scale_of(absmax)
+    tl.store(x_scale_ptr + m, scale)
+    xq_ptr += m * K
+    store_codes(xq_ptr, a, scale, 0, K, BLOCK_A)
+    if BLOCK_B:
+        store_codes(xq_ptr, b, scale, BLOCK_A, K, BLOCK_B)
+
+
+@triton.jit
+def _quantize_long_token_kernel(
+    x_ptr,
+    smooth_ptr,
+    xq_ptr,
+    x_scale_ptr,
+    K,
+    stride_xm,
+    ROTATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HADAMARD_DTYPE: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    x_ptr += m * stride_xm
+    exact: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16 and smooth_ptr is None
+    absmax = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, K, BLOCK):
+        x = load_features(x_ptr, start, K, BLOCK)
+        x = transform_features(x, smooth_ptr, start, K, ROTATE, exact, BLOCK, HADAMARD_DTYPE)
+        absmax = tl.maximum(absmax, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    scale = scale_of(tl.max(absmax))
+    tl.store(x_scale_ptr + m, scale)
+    for start in range(0, K, BLOCK):
+        x = load_features(x_ptr, start, K, BLOCK)
+        x = transform_features(x, smooth_ptr, start, K, ROTATE, exact, BLOCK, HADAMARD_DTYPE)
+        store_codes(xq_ptr + m * K, x, scale, start, K, BLOCK)
+
+
+# Building blocks of every kernel that holds a token
+
+
+@triton.jit
+def load_features(ptr, start, K, BLOCK: tl.constexpr):
+    """Features start ... start + BLOCK of a token as float32 [BLOCK], zero beyond K."""
+    k = start + tl.arange(0, BLOCK)
+    return tl.load(ptr + k, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def transform_features(
+    x,
+    smooth_ptr,
+    start,
+    K,
+    ROTATE: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HADAMARD_DTYPE: tl.constexpr,
+):
+    """x[BLOCK] smoothed and rotated. EXACT: x holds bfloat16 values and is not smoothed, so one product rotates it."""
+    if smooth_ptr is not None:
+        x *= load_features(smooth_ptr, start, K, BLOCK)
+    if ROTATE:
+        x = rotate_features(x, EXACT, BLOCK, HADAMARD_DTYPE)
+    return x
+
+
+@triton.jit
+def rotate_features(x, EXACT: tl.constexpr, BLOCK: tl.constexpr, HADAMARD_DTYPE: tl.constexpr):
+    """x[BLOCK] float32 with each group of 256 multiplied by H256 = kron(H16, H16): two products with H16."""
+    h = _hadamard_16(HADAMARD_DTYPE)
+    x = tl.reshape(x, (BLOCK // 16, 16))
+    x = _times_hadamard(x, h, EXACT, HADAMARD_DTYPE)
+    x = tl.reshape(tl.permute(tl.reshape(x, (BLOCK // 256, 16, 16)), (0, 2, 1)), (BLOCK // 16, 16))
+    x = _times_hadamard(x, h, False, HADAMARD_DTYPE)
+    x = tl.permute(tl.reshape(x, (BLOCK // 256, 16, 16)), (0, 2, 1))
+    return tl.reshape(x, (BLOCK,))
+
+
+@triton.jit
+def _hadamard_16(DTYPE: tl.constexpr):
+    """The regular H16 = kron(H4, H4) / 4, with -1 where the indices of H4 sum to 3: exact in any float."""
+    i = tl.arange(0, 16)[:, None]
+    j = tl.arange(0, 16)[None, :]
+    negative = ((i // 4 + j // 4) == 3) != ((i % 4 + j % 4) == 3)
+    return tl.where(negative, -0.25, 0.25).to(DTYPE)
+
+
+@triton.jit
+def _times_hadamard(x, h, EXACT: tl.constexpr, DTYPE: tl.constexpr):
+    """x[R, 16] float32 @ h[16, 16]. Two narrow parts carry 16 bits of x, where rounding to codes needs 9."""
+    high = x.to(DTYPE)
+    y = tl.dot(high, h)
+    if not EXACT:
+        y = tl.dot((x - high.to(tl.float32)).to(DTYPE), h, y)
+    return y
+
+
+@triton.jit
+def absmax_bits(x):
+    """The largest magnitude of a float32 x as its bits: they order like the magnitudes, with NaN above all."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+
+
+@triton.jit
+def scale_of(absmax):
+    """x_scale from the bits of absmax. A NaN stays one."""
+    value = absmax.to(tl.float32, bitcast=True)
+    return tl.where(absmax > 0x7F800000, value, tl.maximum(tl.div_rn(value, 127.0), 1e-30))
+
+
+@triton.jit
+def store_codes(ptr, x, scale, start, K, BLOCK: tl.constexpr):
+    """round(x / scale) with halves to even, zeros where the scale is not finite."""
+    k = start + tl.arange(0, BLOCK)
+    finite = tl.abs(scale) < float("inf")
+    # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code.
+    rounded = x * tl.div_rn(1.0, scale) + 12582912.0
+    code = tl.where(finite, rounded.to(tl.int32, bitcast=True), 0).to(tl.int8)
+    tl.store(ptr + k, code, mask=k < K)
