@@ -57,9 +57,7 @@ def comfy_kitchen_weight(w: torch.Tensor, convrot: bool) -> tuple[torch.Tensor, 
         from comfy_kitchen.tensor import TensorWiseINT8Layout
     except ImportError as error:
         raise PeerMissingError(f"comfy-kitchen cannot be imported: {error}") from error
-    data, params = TensorWiseINT8Layout.quantize(
-        w, per_channel=True, convrot=convrot, convrot_groupsize=ROTATION_GROUP
-    )
+    data, params = TensorWiseINT8Layout.quantize(w, per_channel=True, convrot=convrot, convrot_groupsize=ROTATION_GROUP)
     return data, params.scale
 
 
@@ -93,8 +91,11 @@ def comfy_kitchen_quantizer(backend: str, x: torch.Tensor) -> Callable[[torch.Te
 
 
 def comfy_kitchen_convrot_quantizer(x: torch.Tensor, input_act: str | None = None) -> Callable[[torch.Tensor], tuple]:
-    """The CUDA backend's fused ConvRot quantizer, the one inside its linear layer; with `swiglu`, of x[M, 2K]."""
-    comfy_kitchen("cuda", "int8_linear")  # raises where there is no such backend
+    """The CUDA backend's fused ConvRot quantizer, the one inside its linear layer.
+
+    input_act: `swiglu` for x[M, 2K] of gate and up side by side.
+    """
+    comfy_kitchen("cuda", "quantize_int8_rowwise", x=x, stochastic_rounding=0)  # raises where the backend cannot run
     from comfy_kitchen.backends.cuda import quantize_int8_rowwise_convrot64
 
     return lambda x: quantize_int8_rowwise_convrot64(x, ROTATION_GROUP, input_act=input_act)

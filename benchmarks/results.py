@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
 
 
 def _triton_version() -> str:
-    for package in ("triton", "triton-windows"):
+    for package in ("triton", "triton-windows", "pytorch-triton"):
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -162,6 +162,8 @@ def _measure(slot: tuple[str, str, torch.device, str], candidates: Sequence[Conf
         return None
     times = [measure(first)]
     process.spent_s += process.repeat_s[name(first)]
+    slowest_s += process.repeat_s[name(first)]
+    process.slowest_s = max(process.slowest_s, slowest_s)
     tried = 1
     for config in others:
         if not fits(config):

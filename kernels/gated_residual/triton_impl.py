@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..quantize_per_token.triton_impl import HELD_K, load_features, row_major, token_constants, token_refusal
-from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate
+from ..rms_norm_scale_quantize.triton_impl import inverse_root, load_factor
 
 if TYPE_CHECKING:
     from . import GatedResidualCall
@@ -24,7 +24,7 @@ def run(call: GatedResidualCall) -> torch.Tensor:
     residual, y, gate = row_major(call.residual), row_major(call.y), row_major(call.gate)
     M, K = residual.shape
     x = torch.empty((M, K), dtype=residual.dtype, device=residual.device)
-    constants = token_constants(K)
+    constants = token_constants(K, 16)
     del constants["HADAMARD_DTYPE"]
     if M:
         with torch.cuda.device_of(x):
@@ -67,22 +67,24 @@ def _gated_residual_kernel(
     gate_ptr += m // sample_tokens * stride_gate
     x_ptr += m * K
     a = load_features(y_ptr, 0, K, BLOCK_A)
+    factor_a = load_factor(weight_ptr, gate_ptr, 0, K, BLOCK_A)
+    residual_a = load_features(residual_ptr, 0, K, BLOCK_A)
     square_sum = tl.sum(a * a)
     if BLOCK_B:
         b = load_features(y_ptr, BLOCK_A, K, BLOCK_B)
+        factor_b = load_factor(weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
+        residual_b = load_features(residual_ptr, BLOCK_A, K, BLOCK_B)
         square_sum += tl.sum(b * b)
     inverse_rms = inverse_root(square_sum / K + eps)
-    add_branch(a, inverse_rms, residual_ptr, weight_ptr, gate_ptr, x_ptr, 0, K, BLOCK_A)
+    store_features(x_ptr, residual_a + a * (inverse_rms * factor_a), 0, K, BLOCK_A)
     if BLOCK_B:
-        add_branch(b, inverse_rms, residual_ptr, weight_ptr, gate_ptr, x_ptr, BLOCK_A, K, BLOCK_B)
+        store_features(x_ptr, residual_b + b * (inverse_rms * factor_b), BLOCK_A, K, BLOCK_B)
 
 
 @triton.jit
-def add_branch(y, inverse_rms, residual_ptr, weight_ptr, gate_ptr, x_ptr, start, K, BLOCK: tl.constexpr):
-    """residual + gate * (y * inverse_rms * weight), stored; returned as the float32 of what was stored."""
-    x = load_features(residual_ptr, start, K, BLOCK)
-    x += modulate(y, inverse_rms, weight_ptr, gate_ptr, start, K, BLOCK)
-    x = x.to(x_ptr.dtype.element_ty)
+def store_features(ptr, x, start, K, BLOCK: tl.constexpr):
+    """Rounds x[BLOCK] to the pointer's dtype and stores it; returns the float32 of what was stored."""
+    x = x.to(ptr.dtype.element_ty)
     k = start + tl.arange(0, BLOCK)
-    tl.store(x_ptr + k, x, mask=k < K)
+    tl.store(ptr + k, x, mask=k < K)
     return x.to(tl.float32)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gated_residual.triton_impl import add_branch
+from ..gated_residual.triton_impl import store_features
 from ..quantize_per_token.triton_impl import (
     HELD_K,
     absmax_bits,
@@ -20,7 +20,7 @@ from ..quantize_per_token.triton_impl import (
     token_refusal,
     transform_features,
 )
-from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate
+from ..rms_norm_scale_quantize.triton_impl import inverse_root, load_factor
 
 if TYPE_CHECKING:
     from . import GatedResidualNormQuantizeCall
@@ -58,7 +58,7 @@ def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor
                 M // gate.shape[0],
                 call.eps,
                 ROTATE=call.rotation_group != 0,
-                **token_constants(K),
+                **token_constants(K, 16),
             )
     return x, xq, x_scale
 
@@ -94,22 +94,28 @@ def _gated_residual_norm_quantize_kernel(
     scale_ptr += m // sample_tokens * stride_scale
     x_ptr += m * K
     a = load_features(y_ptr, 0, K, BLOCK_A)
+    gate_a = load_factor(y_weight_ptr, gate_ptr, 0, K, BLOCK_A)
+    residual_a = load_features(residual_ptr, 0, K, BLOCK_A)
+    factor_a = load_factor(weight_ptr, scale_ptr, 0, K, BLOCK_A)
     square_sum = tl.sum(a * a)
     if BLOCK_B:
         b = load_features(y_ptr, BLOCK_A, K, BLOCK_B)
+        gate_b = load_factor(y_weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
+        residual_b = load_features(residual_ptr, BLOCK_A, K, BLOCK_B)
+        factor_b = load_factor(weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
         square_sum += tl.sum(b * b)
     inverse_rms = inverse_root(square_sum / K + eps)
-    a = add_branch(a, inverse_rms, residual_ptr, y_weight_ptr, gate_ptr, x_ptr, 0, K, BLOCK_A)
+    a = store_features(x_ptr, residual_a + a * (inverse_rms * gate_a), 0, K, BLOCK_A)
     square_sum = tl.sum(a * a)
     if BLOCK_B:
-        b = add_branch(b, inverse_rms, residual_ptr, y_weight_ptr, gate_ptr, x_ptr, BLOCK_A, K, BLOCK_B)
+        b = store_features(x_ptr, residual_b + b * (inverse_rms * gate_b), BLOCK_A, K, BLOCK_B)
         square_sum += tl.sum(b * b)
     inverse_rms = inverse_root(square_sum / K + eps)
-    a = modulate(a, inverse_rms, weight_ptr, scale_ptr, 0, K, BLOCK_A)
+    a *= inverse_rms * factor_a
     a = transform_features(a, smooth_ptr, 0, K, ROTATE, False, BLOCK_A, HADAMARD_DTYPE)
     absmax = absmax_bits(a)
     if BLOCK_B:
-        b = modulate(b, inverse_rms, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
+        b *= inverse_rms * factor_b
         b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, False, BLOCK_B, HADAMARD_DTYPE)
         absmax = tl.maximum(absmax, absmax_bits(b))
     x_scale = scale_of(absmax)

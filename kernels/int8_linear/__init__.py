@@ -57,9 +57,8 @@ def int8_linear(
     """The linear layer on quantized operands.
 
     xq: int8 [..., K]. x_scale: float32 [..., 1], per-token. wq: int8 [N, K]. w_scale: float32, per-tensor (one
-    element) or per-channel (N elements). bias: [N] or None. tune: whether a kernel may measure its configurations at the
-    first call of a shape (`kernels.tuning`). Returns [..., N] in out_dtype. The integer sum is exact
-    for K < 131072.
+    element) or per-channel (N elements). bias: [N] or None. tune: whether a kernel may measure its configurations at
+    the first call of a shape (`kernels.tuning`). Returns [..., N] in out_dtype. The integer sum is exact for K < 131072.
 
     Raises ValueError naming shapes and dtypes that do not fit.
     """

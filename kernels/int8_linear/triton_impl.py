@@ -1,9 +1,9 @@
 """y[M, N] = (xq[M, K] @ wq[N, K].T) * x_scale[M, 1] * w_scale[N, 1].T + bias[N]
 xq per-token int8, wq per-channel or per-tensor int8, scales float32; the int32 sum is exact for K < 131072.
 
-A program computes one tile of y. Tiles are visited in groups of GROUP_M rows of tiles, so that programs that run at the
-same time read the same weights. Where the tiles are too few to fill the device (a long K behind few tokens), the sum is
-split along K: the parts leave int32 sums, and a second kernel adds them up, exactly and in no particular order.
+A program computes one tile of y. Tiles are visited in groups of rows of tiles, so that programs that run at the same
+time read the same weights, and a group's tokens stay in the L2 cache. Where the tiles are too few to fill the device (a
+long K behind few tokens), the sum is split along K: the parts leave int32 sums, which a second kernel adds up exactly.
 """
 
 from __future__ import annotations
@@ -56,10 +56,14 @@ def run(call: Int8LinearCall) -> torch.Tensor:
 
 def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.Tensor, config: dict) -> None:
     M, N, K = call.M, call.N, call.K
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    tiles_m = triton.cdiv(M, config["BLOCK_M"])
+    tiles = tiles_m * triton.cdiv(N, config["BLOCK_N"])
+    # Groups of equal size: a rest of few rows would read all weights for little work.
+    group_m = triton.cdiv(tiles_m, triton.cdiv(tiles_m, config["GROUP_M"]))
     parts = configs.parts_along_k(tiles, K, config, call.device)
-    part_k = triton.cdiv(triton.cdiv(K, parts), config["BLOCK_K"]) * config["BLOCK_K"]
-    parts = triton.cdiv(K, part_k)
+    steps = triton.cdiv(K, config["BLOCK_K"])
+    part_steps = triton.cdiv(steps, parts)
+    parts = triton.cdiv(steps, part_steps)
     sums = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.int32, device=y.device)
     _int8_linear_kernel[(tiles, parts)](
         xq,
@@ -71,13 +75,14 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
         M,
         N,
         K,
-        part_k,
+        part_steps,
+        group_m,
         xq.stride(0),
         wq.stride(0),
         PER_CHANNEL=call.w_scale.numel() > 1,
         SPLIT=parts > 1,
         EVEN_K=K % config["BLOCK_K"] == 0,
-        **config,
+        **{name: value for name, value in config.items() if name != "GROUP_M"},
     )
     if parts > 1:
         _add_parts_kernel[(triton.cdiv(N, SUM_BLOCK), M)](
@@ -94,7 +99,7 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
         )
 
 
-@triton.jit(do_not_specialize=["M", "part_k"])
+@triton.jit(do_not_specialize=["M", "part_steps", "group_m"])
 def _int8_linear_kernel(
     xq_ptr,
     wq_ptr,
@@ -105,7 +110,8 @@ def _int8_linear_kernel(
     M,
     N,
     K,
-    part_k,
+    part_steps,
+    group_m,
     stride_xm,
     stride_wn,
     PER_CHANNEL: tl.constexpr,
@@ -114,14 +120,13 @@ def _int8_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
-    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = _tile(M, N, group_m, BLOCK_M, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    first_k = tl.program_id(1) * part_k
-    length = tl.minimum(K - first_k, part_k)
+    first_k = tl.program_id(1) * part_steps * BLOCK_K
+    length = tl.minimum(K - first_k, part_steps * BLOCK_K)
     # Rows beyond the edge read row 0 instead of being masked: their results are not stored.
     x_ptrs = xq_ptr + first_k + tl.where(m < M, m, 0).to(tl.int64)[:, None] * stride_xm + k[None, :]
     w_ptrs = wq_ptr + first_k + tl.where(n < N, n, 0).to(tl.int64)[None, :] * stride_wn + k[:, None]
@@ -171,12 +176,12 @@ def _add_parts_kernel(
 
 
 @triton.jit
-def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The tile of y that this program computes: down GROUP_M tiles, then right."""
+def _tile(M, N, group_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile of y that this program computes: down group_m tiles, then right."""
     tiles_m = tl.cdiv(M, BLOCK_M)
-    group_tiles = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first_m = tl.program_id(0) // group_tiles * GROUP_M
-    rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    group_tiles = group_m * tl.cdiv(N, BLOCK_N)
+    first_m = tl.program_id(0) // group_tiles * group_m
+    rows = tl.minimum(tiles_m - first_m, group_m)
     within = tl.program_id(0) % group_tiles
     return first_m + within % rows, within // rows
 

@@ -2,7 +2,8 @@
 
 A token of up to HELD_K features stays in registers between finding its scale and rounding, so it is read once. It is
 held in two parts, the largest power of two that fits in K and the rest: K = 4608 is 4096 + 512 and fills its lanes,
-where one power of two (8192) would leave half of them idle. A longer token is read a second time, from the L2 cache.
+where one power of two (8192) would leave half of them idle. A longer token is read twice, the second time from the L2
+cache, by several programs: few tokens would not fill the device otherwise.
 
 The fused producers (RMSNorm, SwiGLU) share the building blocks below.
 """
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from . import QuantizePerTokenCall
 
 HELD_K = 16384  # beyond, a token spills the registers of one program
-LONG_BLOCK = 8192
+LONG_BLOCK = 4096
 ROTATION_GROUP = 256
 
 # The interpreter has no bf16 products; float32 ones are exact in its stead.
@@ -51,13 +52,20 @@ def run(call: QuantizePerTokenCall) -> tuple[torch.Tensor, torch.Tensor]:
     M, K = x.shape
     xq = torch.empty((M, K), dtype=torch.int8, device=x.device)
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=x.device)
-    arguments = (x, call.smooth, xq, x_scale, K, x.stride(0), call.rotation_group != 0)
-    if M:
-        with torch.cuda.device_of(x):
-            if K <= HELD_K:
-                _quantize_per_token_kernel[(M,)](*arguments, **token_constants(K))
-            else:
-                _quantize_long_token_kernel[(M,)](*arguments, LONG_BLOCK, HADAMARD_DTYPE, num_warps=16)
+    rotate = call.rotation_group != 0
+    if M == 0:
+        return xq, x_scale
+    with torch.cuda.device_of(x):
+        if K <= HELD_K:
+            _quantize_per_token_kernel[(M,)](
+                x, call.smooth, xq, x_scale, K, x.stride(0), ROTATE=rotate, **token_constants(K)
+            )
+        else:
+            absmax = torch.zeros((M,), dtype=torch.int32, device=x.device)
+            for store in (False, True):
+                _quantize_long_token_kernel[(triton.cdiv(K, LONG_BLOCK), M)](
+                    x, call.smooth, absmax, xq, x_scale, K, x.stride(0), store, rotate, LONG_BLOCK, HADAMARD_DTYPE
+                )
     return xq, x_scale
 
 
@@ -66,12 +74,14 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def token_constants(K: int) -> dict:
-    """The launch constants of a kernel that holds one token of K features: the two parts and the warps."""
+def token_constants(K: int, features_per_thread: int = 32) -> dict:
+    """The launch constants of a kernel that holds one token of K features: the two parts and the warps.
+
+    Fewer features a thread are for kernels that hold several tensors, whose registers they have to share.
+    """
     block_a = max(ROTATION_GROUP, 1 << (K.bit_length() - 1))
     block_b = max(ROTATION_GROUP, triton.next_power_of_2(K - block_a)) if K > block_a else 0
-    # About 32 features a thread: fewer warps leave too few loads in flight, more wait longer for the reduction.
-    num_warps = min(max(block_a // 1024, 1), 32)
+    num_warps = min(max(block_a // (32 * features_per_thread), 1), 16)
     return {"BLOCK_A": block_a, "BLOCK_B": block_b, "HADAMARD_DTYPE": HADAMARD_DTYPE, "num_warps": num_warps}
 
 
@@ -110,28 +120,27 @@ def _quantize_per_token_kernel(
 def _quantize_long_token_kernel(
     x_ptr,
     smooth_ptr,
+    absmax_ptr,
     xq_ptr,
     x_scale_ptr,
     K,
     stride_xm,
+    STORE: tl.constexpr,  # the second launch, when the first has found every absmax
     ROTATE: tl.constexpr,
     BLOCK: tl.constexpr,
     HADAMARD_DTYPE: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)
-    x_ptr += m * stride_xm
+    m = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * BLOCK
     exact: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16 and smooth_ptr is None
-    absmax = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, K, BLOCK):
-        x = load_features(x_ptr, start, K, BLOCK)
-        x = transform_features(x, smooth_ptr, start, K, ROTATE, exact, BLOCK, HADAMARD_DTYPE)
-        absmax = tl.maximum(absmax, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    scale = scale_of(tl.max(absmax))
-    tl.store(x_scale_ptr + m, scale)
-    for start in range(0, K, BLOCK):
-        x = load_features(x_ptr, start, K, BLOCK)
-        x = transform_features(x, smooth_ptr, start, K, ROTATE, exact, BLOCK, HADAMARD_DTYPE)
+    x = load_features(x_ptr + m * stride_xm, start, K, BLOCK)
+    x = transform_features(x, smooth_ptr, start, K, ROTATE, exact, BLOCK, HADAMARD_DTYPE)
+    if STORE:
+        scale = scale_of(tl.load(absmax_ptr + m))
         store_codes(xq_ptr + m * K, x, scale, start, K, BLOCK)
+        tl.store(x_scale_ptr + m, scale)
+    else:
+        tl.atomic_max(absmax_ptr + m, absmax_bits(x))
 
 
 # Building blocks of every kernel that holds a token
@@ -155,7 +164,10 @@ def transform_features(
     BLOCK: tl.constexpr,
     HADAMARD_DTYPE: tl.constexpr,
 ):
-    """x[BLOCK] smoothed and rotated. EXACT: x holds bfloat16 values and is not smoothed, so one product rotates it."""
+    """x[BLOCK] smoothed and rotated, then in `rotate_features`' shape.
+
+    EXACT: x holds bfloat16 values and is not smoothed, so one product rotates it.
+    """
     if smooth_ptr is not None:
         x *= load_features(smooth_ptr, start, K, BLOCK)
     if ROTATE:
@@ -165,38 +177,31 @@ def transform_features(
 
 @triton.jit
 def rotate_features(x, EXACT: tl.constexpr, BLOCK: tl.constexpr, HADAMARD_DTYPE: tl.constexpr):
-    """x[BLOCK] float32 with each group of 256 multiplied by H256 = kron(H16, H16): two products with H16."""
-    h = _hadamard_16(HADAMARD_DTYPE)
-    x = tl.reshape(x, (BLOCK // 16, 16))
-    x = _times_hadamard(x, h, EXACT, HADAMARD_DTYPE)
-    x = tl.reshape(tl.permute(tl.reshape(x, (BLOCK // 256, 16, 16)), (0, 2, 1)), (BLOCK // 16, 16))
-    x = _times_hadamard(x, h, False, HADAMARD_DTYPE)
-    x = tl.permute(tl.reshape(x, (BLOCK // 256, 16, 16)), (0, 2, 1))
-    return tl.reshape(x, (BLOCK,))
+    """x[BLOCK] float32 with each group of 256 multiplied by H256 = kron(H16, H16), shaped [BLOCK // 256, 16, 16].
 
-
-@triton.jit
-def _hadamard_16(DTYPE: tl.constexpr):
-    """The regular H16 = kron(H4, H4) / 4, with -1 where the indices of H4 sum to 3: exact in any float."""
+    A group is a 16 x 16 matrix X, and its product with H256 is H16 X H16. The result of the first product has the
+    layout of the second's operand, so nothing is exchanged between threads in between.
+    """
     i = tl.arange(0, 16)[:, None]
     j = tl.arange(0, 16)[None, :]
+    # The regular H16 = kron(H4, H4) / 4, with -1 where the indices of H4 sum to 3: exact in any float.
     negative = ((i // 4 + j // 4) == 3) != ((i % 4 + j % 4) == 3)
-    return tl.where(negative, -0.25, 0.25).to(DTYPE)
-
-
-@triton.jit
-def _times_hadamard(x, h, EXACT: tl.constexpr, DTYPE: tl.constexpr):
-    """x[R, 16] float32 @ h[16, 16]. Two narrow parts carry 16 bits of x, where rounding to codes needs 9."""
-    high = x.to(DTYPE)
-    y = tl.dot(high, h)
+    h = tl.where(negative, -0.25, 0.25).to(HADAMARD_DTYPE)
+    h = tl.broadcast_to(h[None, :, :], (BLOCK // 256, 16, 16))
+    # Two narrow parts carry 16 bits of a float32, where rounding to codes needs 9.
+    x = tl.reshape(x, (BLOCK // 256, 16, 16))
+    high = x.to(HADAMARD_DTYPE)
+    y = tl.dot(h, high)
     if not EXACT:
-        y = tl.dot((x - high.to(tl.float32)).to(DTYPE), h, y)
-    return y
+        y = tl.dot(h, (x - high.to(tl.float32)).to(HADAMARD_DTYPE), y)
+    high = y.to(HADAMARD_DTYPE)
+    z = tl.dot(high, h)
+    return tl.dot((y - high.to(tl.float32)).to(HADAMARD_DTYPE), h, z)
 
 
 @triton.jit
 def absmax_bits(x):
-    """The largest magnitude of a float32 x as its bits: they order like the magnitudes, with NaN above all."""
+    """The largest magnitude of a float32 x of any shape, as its bits: they order like magnitudes, NaN above all."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
@@ -209,10 +214,10 @@ def scale_of(absmax):
 
 @triton.jit
 def store_codes(ptr, x, scale, start, K, BLOCK: tl.constexpr):
-    """round(x / scale) with halves to even, zeros where the scale is not finite."""
+    """round(x * (1 / scale)) with halves to even, zeros where the scale is not finite. x: BLOCK features, any shape."""
     k = start + tl.arange(0, BLOCK)
     finite = tl.abs(scale) < float("inf")
     # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code.
     rounded = x * tl.div_rn(1.0, scale) + 12582912.0
     code = tl.where(finite, rounded.to(tl.int32, bitcast=True), 0).to(tl.int8)
-    tl.store(ptr + k, code, mask=k < K)
+    tl.store(ptr + k, tl.reshape(code, (BLOCK,)), mask=k < K)

@@ -53,7 +53,7 @@ def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
                 1 if scale is None else M // scale.shape[0],
                 call.eps,
                 ROTATE=call.rotation_group != 0,
-                **token_constants(K),
+                **token_constants(K, 16),
             )
     return xq, x_scale
 
@@ -81,16 +81,18 @@ def _rms_norm_scale_quantize_kernel(
     if scale_ptr is not None:
         scale_ptr += m // sample_tokens * stride_scale
     a = load_features(x_ptr, 0, K, BLOCK_A)
+    factor_a = load_factor(weight_ptr, scale_ptr, 0, K, BLOCK_A)
     square_sum = tl.sum(a * a)
     if BLOCK_B:
         b = load_features(x_ptr, BLOCK_A, K, BLOCK_B)
+        factor_b = load_factor(weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
         square_sum += tl.sum(b * b)
     inverse_rms = inverse_root(square_sum / K + eps)
-    a = modulate(a, inverse_rms, weight_ptr, scale_ptr, 0, K, BLOCK_A)
+    a *= inverse_rms * factor_a
     a = transform_features(a, smooth_ptr, 0, K, ROTATE, False, BLOCK_A, HADAMARD_DTYPE)
     absmax = absmax_bits(a)
     if BLOCK_B:
-        b = modulate(b, inverse_rms, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
+        b *= inverse_rms * factor_b
         b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, False, BLOCK_B, HADAMARD_DTYPE)
         absmax = tl.maximum(absmax, absmax_bits(b))
     x_scale = scale_of(absmax)
@@ -108,9 +110,9 @@ def inverse_root(x):
 
 
 @triton.jit
-def modulate(x, inverse_rms, weight_ptr, scale_ptr, start, K, BLOCK: tl.constexpr):
-    """x[BLOCK] * inverse_rms * weight * scale, the scale optional."""
-    x = x * inverse_rms * load_features(weight_ptr, start, K, BLOCK)
+def load_factor(weight_ptr, scale_ptr, start, K, BLOCK: tl.constexpr):
+    """weight * scale, the scale optional: loaded before the reduction that they wait for."""
+    factor = load_features(weight_ptr, start, K, BLOCK)
     if scale_ptr is not None:
-        x *= load_features(scale_ptr, start, K, BLOCK)
-    return x
+        factor *= load_features(scale_ptr, start, K, BLOCK)
+    return factor

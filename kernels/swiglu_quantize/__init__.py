@@ -12,8 +12,8 @@ OP = Op(__name__, ("triton_impl", "reference"))
 
 @dataclasses.dataclass(frozen=True)
 class SwigluQuantizeCall:
-    """One checked call: `gate` and `up` float [M, K] of one dtype, `smooth` float32 [K] or None, `rotation_group` 0 or a
-    divisor of K."""
+    """One checked call: `gate` and `up` float [M, K] of one dtype, `smooth` float32 [K] or None, `rotation_group` 0 or
+    a divisor of K."""
 
     gate: torch.Tensor
     up: torch.Tensor

@@ -183,6 +183,43 @@ def test_many_keys_together_keep_the_budget_and_later_ones_wait_for_nothing(benc
     assert not bench.runs
 
 
+def test_an_unknown_candidate_is_expected_to_take_what_the_slowest_of_all_keys_took(bench):
+    bench.compile_s[32] = 2.0
+    bench.choose(A, B)
+    assert bench.choose(A, C, key="M16") is A  # less than 2 s are left
+    assert 64 not in bench.runs
+
+
+def test_the_first_candidates_compiling_counts_as_an_expectation(bench):
+    bench.compile_s |= {16: 2.5, 32: 0.75}
+    bench.choose(A, B)
+    assert bench.choose(A, C, key="M16") is A  # less than 2.5 s are left
+    assert 64 not in bench.runs
+
+
+def test_a_known_candidate_is_still_tried_where_an_unknown_one_does_not_fit(bench):
+    bench.compile_s[64] = 2.0
+    bench.choose(A, C)
+    assert bench.choose(A, B, C, key="M16") is C
+    assert 32 not in bench.runs
+
+
+def test_a_known_candidate_is_expected_to_take_what_others_of_its_key_take(bench):
+    bench.compile_s = dict.fromkeys(bench.compile_s, 0.5)
+    assert bench.choose(A, B, C) is B
+    bench.variant = "float16"
+    bench.compiled.add((16, "float16"))  # as from Triton's own cache
+    bench.compile_s[32] = 1.0
+    assert bench.choose(A, B, C, key="M4096 float16") is B
+    assert (64, "float16") not in bench.compiled
+
+
+def test_a_budget_that_ends_with_the_first_candidate_has_compared_nothing(bench):
+    bench.measure_s = 2.0
+    assert bench.choose(A, B) is A
+    assert 32 not in bench.runs and not bench.path.exists()
+
+
 def test_a_dtype_that_compiles_again_is_not_expected_to_be_quick(bench):
     bench.compile_s = dict.fromkeys(bench.compile_s, 1.0)
     assert bench.choose(A, B, C) is B  # takes 2.09375 s
@@ -221,6 +258,8 @@ def test_a_key_that_the_budget_does_not_reach_is_left_to_a_later_process(bench):
     assert bench.choose(A, B) is A
     assert bench.choose(A, B) is A
     assert bench.runs == [16] and not bench.path.exists()
+    assert bench.choose(A, B, key="M16") is A
+    assert bench.runs == [16, 16] and not bench.path.exists()
     bench.next_process()
     bench.compile_s[16] = 0.0
     assert bench.choose(A, B) is B
@@ -300,22 +339,33 @@ def test_a_tuned_key_is_logged_once(bench, caplog):
 
 
 def test_threads_measure_a_key_once(bench, monkeypatch):
-    entered, go_on = threading.Event(), threading.Event()
+    bench.folder.write_text("no folder: the winner is in memory alone")
+    arrivals, all_arrived = [], threading.Event()
 
-    def slow_measure_ms(run, config, device):
-        entered.set()
-        assert go_on.wait(10)
+    class CountingLock:
+        lock = threading.Lock()
+
+        def __enter__(self):
+            arrivals.append(self)
+            if len(arrivals) == 4:
+                all_arrived.set()
+            self.lock.acquire()
+
+        def __exit__(self, *_):
+            self.lock.release()
+
+    def measure_ms(run, config, device):
+        assert all_arrived.wait(10)
         return bench.measure_ms(run, config, device)
 
-    monkeypatch.setattr(tuning, "_measure_ms", slow_measure_ms)
+    monkeypatch.setattr(tuning, "_lock", CountingLock())
+    monkeypatch.setattr(tuning, "_measure_ms", measure_ms)
     found = []
     threads = [threading.Thread(target=lambda: found.append(bench.choose(A, B))) for _ in range(4)]
     for thread in threads:
         thread.start()
-    assert entered.wait(10)
-    go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(20)
     assert found == [B] * 4
     assert bench.runs == [16, 16, 32, 32]
 
@@ -332,9 +382,13 @@ def test_winners_of_another_source_are_dropped_and_other_ops_stay(bench):
     bench.next_process()
     assert bench.choose(A, B, key="M16", source="edited") is B
     assert bench.stored() == {"int8_linear": {"M16": B}, "unpack": {KEY: C}}
-    bench.next_process()
+
+
+def test_a_stored_winner_of_another_source_does_not_count(bench):
+    bench.write({KEY: B}, source="before the edit")
     bench.ms[32] = 9.0
-    assert bench.choose(A, B, source="edited") is A  # the old source's winner does not count
+    assert bench.choose(A, B) is A
+    assert bench.stored() == {"int8_linear": {KEY: A}}
 
 
 def test_what_another_process_stored_meanwhile_stays(bench, monkeypatch):
