@@ -1,11 +1,12 @@
-"""torch.compile of a MODEL: the weights that a call computes with are always those of the model that is called.
+"""torch.compile of a MODEL: a call computes with the weights of the model called, whatever other models a guider has.
 
 The host's own node sets a wrapper that travels with the conditioning, so a guider with two models runs the first one's
-compiled weights for both. Here the compiled call is an object patch of the very modules that it runs, on a hook that
-`torch.nn.Module` has for this: `_compiled_call_impl`, which stands in for `__call__`. A `forward` that another patch
-replaced is compiled as it is, and the patch goes with its patcher: clones of it are compiled, its source is not.
+compiled weights for both. Here the compiled call is an object patch of the very module that it runs, on a hook that
+`torch.nn.Module` has for this: `_compiled_call_impl` stands in for `__call__`. So a `forward` that another patch
+replaced is compiled as it is found, and the compilation goes with the patcher: its clones have it, its source has not.
 
-Transformer blocks are compiled one by one. They share their code, so the first step waits for one block, not for all.
+Transformer blocks are compiled one by one. All blocks of a class share their compiled code, so the first step waits for
+one block, not for all of them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import comfy.model_management
+import comfy.model_prefetch
 import comfy.ops
 import torch
+import torch._dynamo
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.quant_ops import QuantizedTensor
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY as STOCK_KEY
+
+from .ops import LowbitLinear
 
 logger = logging.getLogger(__name__)
 
@@ -28,83 +35,148 @@ BACKENDS = ("inductor", "cudagraphs")
 
 _KEY = "lowbit_compile"
 _HOOK = "_compiled_call_impl"
-_ROOT = "diffusion_model"
 _LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 
-# Variants of one block's code that torch keeps; beyond, it stops compiling it without an error. The default of 8 is
-# used up by two branches, two lengths of prompt, a LoRA and a file that mixes a few formats.
+# How many variants of one block torch compiles before it leaves the block alone; its own limit is 8. Two branches, each
+# with and without a LoRA, for two strengths of it and two sizes, make nine, and each mix of formats makes its own.
 _MOST_VARIANTS = 64
 
 
-def compile_model(model: ModelPatcher, backend: str) -> ModelPatcher:
-    """A clone of the model that compiles its transformer blocks at first use, or all of it where it has none.
+def compile_model(model: ModelPatcher, backend: str | Callable) -> ModelPatcher:
+    """A clone of the model that is compiled at first use: its transformer blocks, or all of it where it repeats none.
 
-    backend: one of BACKENDS, or any other name that torch.compile knows. Raises ValueError for an unknown one.
+    backend: one of BACKENDS, or what else `torch.compile` takes.
     """
-    if backend not in torch._dynamo.list_backends(exclude_tags=()):
-        raise ValueError(f"torch.compile has no backend {backend!r} here; it has {', '.join(BACKENDS)}.")
-    names = repeated_blocks(model.model.diffusion_model)
-    # Without blocks the compiler meets the weights' transfer, and code that dynamic VRAM runs cannot be traced.
-    compiled = model.clone() if names else model.clone(disable_dynamic=True)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
+    names = _blocks_to_compile(model, backend)
+    # A block's weights are brought to the device before it runs; a whole model's may have no room there together.
+    compiled = model.clone(disable_dynamic=not names)
+    compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, STOCK_KEY)
     compiled.remove_callbacks_with_key(CallbacksMP.ON_CLONE, _KEY)
     compiled.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, functools.partial(_follow, backend=backend))
     _patch(compiled, backend)
-    logger.info("Lowbit: torch.compile with %s: %s", backend, f"{len(names)} blocks" if names else "the whole model")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
+    logger.info("Lowbit: torch.compile will compile %s", f"{len(names)} blocks" if names else "the model as a whole")
     return compiled
 
 
+def _blocks_to_compile(patcher: ModelPatcher, backend: str | Callable) -> list[str]:
+    """The names of the blocks; none to compile the model as a whole."""
+    # The recording of one block would overwrite what that of the block before it gave.
+    return [] if backend == "cudagraphs" else repeated_blocks(patcher.model.diffusion_model)
+
+
 def repeated_blocks(model: torch.nn.Module) -> list[str]:
-    """The names of the blocks that a model repeats, outermost lists first found; empty when they are not most of it."""
-    names = list(_blocks(model, ""))
+    """The names of the alike modules in a model's lists; none when they hold less than half of its weights."""
+    names = list(_alike_in_lists(model, ""))
     size = sum(_size(model.get_submodule(name)) for name in names)
-    return names if 2 * size > _size(model) else []
+    return names if 2 * size >= _size(model) else []
 
 
-def _blocks(module: torch.nn.Module, prefix: str) -> Iterator[str]:
+def _alike_in_lists(module: torch.nn.Module, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
-        blocks = list(child.children()) if isinstance(child, _LISTS) else []
-        if len(blocks) > 1 and len({_structure(block) for block in blocks}) == 1:
-            yield from (f"{prefix}{name}.{block}" for block, _ in child.named_children())
+        blocks = dict(child.named_children()) if isinstance(child, _LISTS) else {}
+        if len(blocks) > 1 and len({_structure(block) for block in blocks.values()}) == 1:
+            yield from (f"{prefix}{name}.{block}" for block in blocks)
         else:
-            yield from _blocks(child, f"{prefix}{name}.")
+            yield from _alike_in_lists(child, f"{prefix}{name}.")
 
 
 def _structure(block: torch.nn.Module) -> tuple:
-    return type(block), tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+    return type(block), *((name, parameter.shape) for name, parameter in block.named_parameters())
 
 
 def _size(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _patch(patcher: ModelPatcher, backend: str) -> None:
-    """Let the patcher's own modules be called compiled."""
-    for key in [key for key in patcher.object_patches if key.endswith(f".{_HOOK}")]:
+def _patch(patcher: ModelPatcher, backend: str | Callable) -> None:
+    """Make the calls of the patcher's own modules compiled ones."""
+    for key in [key for key in patcher.object_patches if key.endswith(_HOOK)]:
         del patcher.object_patches[key]
-    diffusion_model = patcher.model.diffusion_model
-    for name in repeated_blocks(diffusion_model) or [""]:
-        path = f"{_ROOT}.{name}".rstrip(".")
-        patcher.add_object_patch(f"{path}.{_HOOK}", CompiledCall(diffusion_model.get_submodule(name), backend))
+    names = _blocks_to_compile(patcher, backend)
+    for path in [f"diffusion_model.{name}" for name in names] or ["diffusion_model"]:
+        patcher.add_object_patch(f"{path}.{_HOOK}", _CompiledCall(patcher.model.get_submodule(path), backend))
 
 
-def _follow(source: ModelPatcher, clone: ModelPatcher, backend: str) -> None:
-    """A clone on modules of its own, as the host makes for hooks and further GPUs, must not run the source's."""
+def _follow(source: ModelPatcher, clone: ModelPatcher, backend: str | Callable) -> None:
+    """A clone with modules of its own, as the host makes for hooks and for further GPUs, must not run the source's."""
     if clone.model is not source.model:
         _patch(clone, backend)
 
 
-class CompiledCall:
-    """Calls a module compiled."""
+class _CompiledCall:
+    """What a call of the module becomes."""
 
-    def __init__(self, module: torch.nn.Module, backend: str):
+    def __init__(self, module: torch.nn.Module, backend: str | Callable):
         self.module = module
         self.compiled = torch.compile(module._call_impl, backend=backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _weights_on_device(self.module, _device(args, kwargs)):
+        comfy.ops.run_every_op()  # stops here when the prompt is cancelled: compiled layers do not look
+        like = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        _move_loras(self.module, like)
+        with _weights_on_device(self.module, like.device):
             return self.compiled(*args, **kwargs)
 
 
-def _device(args: tuple, kwargs: dict) -> torch.device:
-    return next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+def _move_loras(module: torch.nn.Module, like: torch.Tensor) -> None:
+    """Have LoRA matrices moved now, which their first use does: compiled, that would be one more variant."""
+    for part in module.modules():
+        if isinstance(part, LowbitLinear):
+            for term in (*part.model_patches, *part.hook_patches):
+                if not term.device_bytes:
+                    term.add_to(like.new_empty(0, part.out_features), like.new_empty(0, part.in_features))
+
+
+@contextlib.contextmanager
+def _weights_on_device(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Let the weights that dynamic VRAM manages look like ordinary ones that lie on the device.
+
+    The host brings each weight there when its layer runs, by code that cannot be traced. So they are all brought before
+    the compiled code runs, by what the host itself fetches a block of some models with.
+    """
+    managed = [part for part in module.modules() if hasattr(part, "_v")]
+    if not managed or comfy.model_management.is_device_cpu(device):
+        yield
+        return
+    fetched = any(hasattr(part, "_prefetch") for part in managed)  # by the model, which then lets them go
+    queue = None if fetched else [None, module, None]
+    comfy.model_prefetch.prefetch_queue_pop(queue, device, module)
+    try:
+        with contextlib.ExitStack() as stack:
+            for part in managed:
+                stack.enter_context(_as_ordinary(part, device))
+            yield
+    finally:
+        comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+
+
+@contextlib.contextmanager
+def _as_ordinary(part: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Give a module that dynamic VRAM manages the weights that it has on the device, patches applied."""
+    weight, bias, _ = comfy.ops.cast_bias_weight(
+        part,
+        dtype=_stored_dtype(part.weight),
+        device=device,
+        bias_dtype=_stored_dtype(part.bias),
+        offloadable=True,
+        want_requant=isinstance(part.weight, QuantizedTensor),
+    )
+    # Written to the dictionaries themselves: set as an attribute, a weight would count as a new one.
+    parameters, attributes = dict(part._parameters), dict(part.__dict__)
+    part._parameters.update({name: value for name, value in (("weight", weight), ("bias", bias)) if name in parameters})
+    part.__dict__.update(weight_function=[], bias_function=[])
+    del part.__dict__["_v"]
+    try:
+        yield
+    finally:
+        part._parameters.update(parameters)
+        for name in ("_v", "weight_function", "bias_function"):
+            part.__dict__.pop(name, None)
+            if name in attributes:
+                part.__dict__[name] = attributes[name]
+
+
+def _stored_dtype(parameter: torch.Tensor | None) -> torch.dtype | None:
+    """What dynamic VRAM keeps a parameter in on the device."""
+    return None if parameter is None else getattr(parameter, "_model_dtype", parameter.dtype)

@@ -13,7 +13,7 @@ from comfy.quant_ops import QuantizedTensor
 from ..formats import GgmlWeight, Int8Weight
 from ..kernels import int8_linear, quantize_per_token, unpack, unpack_int8, unpack_to_int8
 from ..kernels.dispatch import Op
-from . import layouts
+from . import fused_block, layouts
 from .ops import LowbitLinear
 
 IMPLEMENTATION_NAMES = {
@@ -62,6 +62,8 @@ def report(patcher) -> str:
     if others:
         lines += ["", f"{others} weights in ComfyUI's own quantized layouts, computed by ComfyUI."]
     lines += ["", *_protected_text(linears, quantized)]
+    if fused := fused_block.report(patcher):
+        lines += ["", *fused]
     lines += ["", *_patches_text(patcher, linears)]
     lines += _implementations_text(quantized, linears)
     return "\n".join(lines).rstrip()
@@ -120,7 +122,7 @@ def _implementations_text(quantized: dict, linears: dict[str, LowbitLinear]) -> 
         if weight.format_name in seen:
             continue
         seen.add(weight.format_name)
-        mode = linears[name].lowbit_settings.mode
+        mode = linears[name].mode
         lines.append(f"  {weight.format_name}: {_mode_text(mode)}")
         for op, call in _calls(weight, mode, device):
             lines.append(f"    {op.name}: {_answers_text(op, call)}")
@@ -129,7 +131,7 @@ def _implementations_text(quantized: dict, linears: dict[str, LowbitLinear]) -> 
 
 def _mode_text(mode: str) -> str:
     if mode == "int8":
-        return "int8 product (activations quantized per token; at most 16 tokens: exact)"
+        return "int8 product (activations quantized per token; at most 16 tokens: floats)"
     return "exact (weight unpacked, then PyTorch's product)"
 
 

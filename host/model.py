@@ -19,7 +19,7 @@ from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from ..loaders.policy import is_part, quantizes
-from . import compat, layouts
+from . import compat, fused_block, layouts
 from .files import HostFile
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
@@ -37,7 +37,8 @@ class LoadRequest:
 
     path: the checkpoint. base_path: what supplies what an incomplete layout lacks. compute_mode: one of COMPUTE_MODES.
     dtype: a key of DTYPES, of activations and unquantized weights. quantize: whether float and FP8 linears become INT8.
-    protected: parts of layer names that are never quantized on the fly.
+    protected: parts of layer names that are never quantized on the fly. tune: whether kernels may measure their
+    configurations at first use.
     """
 
     path: str
@@ -47,6 +48,7 @@ class LoadRequest:
     dtype: str = "default"
     quantize: bool = False
     protected: tuple[str, ...] = ()
+    tune: bool = True
 
 
 def load_pair(request: LoadRequest, unconditional: str, unconditional_base_path: str | None = None):
@@ -95,7 +97,7 @@ def load_model(request: LoadRequest, disable_dynamic: bool = False) -> ModelPatc
 def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) -> ModelPatcher:
     compat.check_host()
     compat.allow_saving_offloaded_integers()
-    settings = LoadSettings(os.path.basename(request.path), request.compute_mode)
+    settings = LoadSettings(os.path.basename(request.path), request.compute_mode, request.tune)
     is_quantized = _is_quantized(branch)
     if request.quantize and not is_quantized:
         _check_protected(request, branch)
@@ -118,7 +120,8 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
         raise _unknown_model(branch)
     _check_complete(branch, settings)
     patcher.cached_patcher_init = (load_model, (request,))
-    return adopt(patcher)
+    fused_block.fuse_blocks(adopt(patcher))
+    return patcher
 
 
 def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tensor]:

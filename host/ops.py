@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.ops
@@ -17,7 +18,8 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..formats import Fp8Weight, GgmlWeight, Int8Weight, QuantizedWeight, int8
-from ..kernels.quantized_linear import ggml_weight_linear, int8_weight_linear, wants_int8
+from ..kernels import quantized_linear
+from ..kernels.int8_linear import int8_linear
 from ..kernels.unpack_to_int8 import unpack_to_int8
 from . import layouts
 from .lora import LowRankTerm
@@ -29,25 +31,59 @@ logger = logging.getLogger(__name__)
 class LoadSettings:
     """What one load decided, and what it found out.
 
-    file_name: for messages. compute_mode: `auto`, `int8` or `exact`. quantize_layer: whether a float linear weight of
+    file_name: for messages. compute_mode: `auto`, `int8` or `exact`. tune: whether kernels may measure their
+    configurations at first use. quantize_layer: whether a float linear weight of
     this module name and shape [N, K] is quantized to INT8 at load. missing_keys: filled by the load, what the file did
     not supply.
     """
 
     file_name: str
     compute_mode: str
+    tune: bool = True
     quantize_layer: Callable[[str, int, int], bool] = lambda name, N, K: False
     missing_keys: list[str] = dataclasses.field(default_factory=list)
 
-    @property
-    def mode(self) -> str:
-        """`int8` or `exact`.
+    def mode_of(self, weight: QuantizedWeight) -> str:
+        """`int8` or `exact`: what `auto` means for this weight on the device that runs models."""
+        if self.compute_mode != "auto":
+            return self.compute_mode
+        return quantized_linear.fastest_mode(weight, comfy.model_management.get_torch_device())
 
-        `auto` is the faster of the two. Without a fused kernel that is `exact`, for INT8 weights too: at full size on
-        an H200 a step takes 0.46 s against 0.58 s, because quantizing activations in plain torch costs more than the
-        INT8 product saves.
-        """
-        return "exact" if self.compute_mode == "auto" else self.compute_mode
+
+class Quantizer(NamedTuple):
+    """How a layer's activations are quantized: smooth float32 [K] or None on their device, Hadamard group or 0."""
+
+    smooth: torch.Tensor | None
+    rotation_group: int
+
+    def same_as(self, other: Quantizer | None) -> bool:
+        return other is not None and self.smooth is other.smooth and self.rotation_group == other.rotation_group
+
+
+class QuantizedActivations:
+    """Activations [..., K] that a fused kernel has quantized already: what `LowbitLinear` takes in place of a tensor.
+
+    parts: for each quantizer that a reader wants, the quantizer, codes int8 [..., K] and scales float32 [..., 1].
+    dtype: of the activations, and of the layers' results.
+    """
+
+    def __init__(self, dtype: torch.dtype, parts: list[tuple[Quantizer, torch.Tensor, torch.Tensor]]):
+        self.dtype, self.parts = dtype, parts
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parts[0][1].shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0][1].device
+
+    def codes_for(self, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The codes and scales by this quantizer, or None."""
+        for other, xq, x_scale in self.parts:
+            if quantizer.same_as(other):
+                return xq, x_scale
+        return None
 
 
 def make_operations(settings: LoadSettings) -> type:
@@ -85,6 +121,7 @@ class LowbitLinear:
         self.model_patches: list[LowRankTerm] = []
         self.hook_patches: list[LowRankTerm] = []
         self._row_scale: torch.Tensor | None = None
+        self._smooth: torch.Tensor | None = None
         self.register_load_state_dict_post_hook(_keep_missing_keys)
 
     # Loading
@@ -141,9 +178,12 @@ class LowbitLinear:
             compute_dtype=input.dtype,
             want_requant=True,
         )
-        y = self._linear(input, weight, bias)
-        for term in (*self.model_patches, *self.hook_patches):
-            term.add_to(y, input)
+        if isinstance(input, QuantizedActivations):
+            y = self._linear_of_codes(input, layouts.from_host(weight), bias)
+        else:
+            y = self._linear(input, weight, bias)
+            for term in (*self.model_patches, *self.hook_patches):
+                term.add_to(y, input)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return y
 
@@ -151,12 +191,45 @@ class LowbitLinear:
         quantized = layouts.from_host(weight)
         if quantized is None:  # the host has unpacked it for a patch
             return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-        mode = self.lowbit_settings.mode
+        mode = "exact" if x.requires_grad else self.mode  # the INT8 product has no gradient
+        tune = self.lowbit_settings.tune
         if isinstance(quantized, Int8Weight):
-            return int8_weight_linear(x, quantized, bias, mode)
-        if not wants_int8(x, mode):
-            return ggml_weight_linear(x, quantized, bias, "exact")
-        return ggml_weight_linear(x, quantized, bias, mode, self._row_scale_of(quantized))
+            return quantized_linear.int8_weight_linear(x, quantized, bias, mode, tune)
+        row_scale = self._row_scale_of(quantized) if quantized_linear.wants_int8(x, mode) else None
+        return quantized_linear.ggml_weight_linear(x, quantized, bias, mode, row_scale, tune)
+
+    def _linear_of_codes(
+        self, x: QuantizedActivations, weight: QuantizedWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        xq, x_scale = x.codes_for(self._quantizer(x.device))
+        if isinstance(weight, Int8Weight):
+            wq, w_scale = weight.data, weight.scale
+        else:
+            wq, w_scale = unpack_to_int8(weight.data, weight.ggml_type, self._row_scale_of(weight))
+        return int8_linear(xq, x_scale, wq, w_scale, bias, x.dtype, self.lowbit_settings.tune)
+
+    @property
+    def mode(self) -> str:
+        """`int8` or `exact`: how the weight as it is loaded computes; `exact` for one that is not quantized."""
+        weight = layouts.from_host(self.weight)
+        return "exact" if weight is None else self.lowbit_settings.mode_of(weight)
+
+    def quantizer(self, x: torch.Tensor) -> Quantizer | None:
+        """How a fused kernel may quantize what this layer reads, or None where the layer has to see the floats x.
+
+        A LoRA's side path reads them, a patched weight may no longer be quantized, and few tokens are not quantized.
+        """
+        if self.model_patches or self.hook_patches or self.weight_function or self.weight_lowvram_function is not None:
+            return None
+        return self._quantizer(x.device) if quantized_linear.wants_int8(x, self.mode) else None
+
+    def _quantizer(self, device: torch.device) -> Quantizer:
+        weight = layouts.from_host(self.weight)
+        if not isinstance(weight, Int8Weight):
+            return Quantizer(None, 0)
+        if weight.smooth is not None and (self._smooth is None or self._smooth.device != device):
+            self._smooth = weight.smooth.to(device)  # the weight itself may lie elsewhere until it is used
+        return Quantizer(self._smooth, weight.rotation_group)
 
     def _row_scale_of(self, weight: GgmlWeight) -> torch.Tensor | None:
         """The row scales of this module's own weight, found once; None for one that the host patched."""
@@ -169,7 +242,7 @@ class LowbitLinear:
     def register_parameter(self, name, param):
         """However the weight is replaced or moved, it comes through here: what was found out about the old one ends."""
         if name == "weight":
-            self._row_scale = None
+            self._row_scale = self._smooth = None
         super().register_parameter(name, param)
 
     # What the host's patchers call
@@ -238,4 +311,4 @@ def _keep_missing_keys(module: LowbitLinear, incompatible_keys) -> None:
     module.lowbit_settings.missing_keys = incompatible_keys.missing_keys
 
 
-__all__ = ["LoadSettings", "LowbitLinear", "make_operations"]
+__all__ = ["LoadSettings", "LowbitLinear", "QuantizedActivations", "Quantizer", "make_operations"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -21,7 +22,7 @@ def triton_refusal(device: torch.device) -> str | None:
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "is not tested on ROCm"
-        capability = torch.cuda.get_device_capability(device)
+        capability = device_capability(device)
         if capability < OLDEST_CAPABILITY:
             return f"needs compute capability {_version(OLDEST_CAPABILITY)}, found {_version(capability)}"
         return None
@@ -33,6 +34,18 @@ def triton_refusal(device: torch.device) -> str | None:
 def interpreted() -> bool:
     """Whether Triton kernels are run by its interpreter on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors run programs at the same time; a few for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _version(capability: tuple[int, int]) -> str:

@@ -13,11 +13,15 @@ import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
+
 logger = logging.getLogger(__name__)
+
+_library = torch.library.Library("lowbit", "FRAGMENT")
 
 _known_names: set[str] = set()
 _named: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowbit_implementation", default=None)
@@ -36,6 +40,26 @@ def use_implementation(name: str) -> Iterator[None]:
         yield
     finally:
         _named.reset(token)
+
+
+class custom_op:  # noqa: N801, a decorator
+    """Registers `torch.ops.lowbit.<name>` from a function with annotated arguments; `register_fake` adds its fake.
+
+    `torch.library.custom_op` does the same and checks on every call that no result aliases an argument. That takes
+    longer than launching a kernel, and the ops' tests check it.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, function: Callable) -> custom_op:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, function, "CompositeExplicitAutograd")
+        return self
+
+    def register_fake(self, function: Callable) -> None:
+        torch.library.register_fake(f"lowbit::{self.name}", function, lib=_library)
 
 
 def named_implementation() -> str | None:
@@ -57,6 +81,11 @@ class Op:
     @property
     def name(self) -> str:
         return self.package.rpartition(".")[2]
+
+    def import_error(self, name: str) -> str | None:
+        """Why this implementation could not be imported, or None."""
+        module = _load(self.package, name)
+        return module if isinstance(module, str) else None
 
     def refusals(self, call: Any) -> dict[str, str | None]:
         """Every implementation's answer to the call: None where it accepts, otherwise its reason."""

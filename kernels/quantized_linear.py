@@ -1,22 +1,46 @@
 """A linear layer on a quantized weight, in either compute mode, composed of the ops of this folder.
 
 `exact` is what the file means: the weight in x's dtype, then the library's product. `int8` quantizes the activations
-per token and uses the INT8 product. A call of few tokens is bound by reading the weight, so it never quantizes its
-activations.
+per token and uses the INT8 product. Which calls INT8 pays for:
+
+| call | computed as | why |
+| --- | --- | --- |
+| at most 16 tokens, INT8 weight | int8 codes times float activations, in both modes | bound by reading weights |
+| at most 16 tokens, GGML weight | `exact` | the same |
+| 17 tokens and more | the mode asked for | INT8 units have at least twice the rate of bf16 |
+| `auto`, INT8 weight | `int8` with the Triton kernels, else `exact` | else quantizing costs more than it saves |
+| `auto`, GGML weight | `exact` | |
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from ..formats import GgmlWeight, Int8Weight
+from ..formats import GgmlWeight, Int8Weight, QuantizedWeight
+from ..formats.int8 import rotate
+from . import weight_only_int8_linear as weight_only
+from .capability import triton_refusal
+from .int8_linear import OP as INT8_LINEAR
 from .int8_linear import int8_linear
 from .quantize_per_token import quantize_per_token
 from .unpack import unpack
 from .unpack_int8 import unpack_int8
 from .unpack_to_int8 import unpack_to_int8
 
-SMALL_M = 16
+SMALL_M = weight_only.LARGEST_M
+
+
+def fastest_mode(weight: QuantizedWeight, device: torch.device) -> str:
+    """The compute mode that `auto` stands for: see the table above."""
+    return "int8" if isinstance(weight, Int8Weight) and has_fused_kernels(device) else "exact"
+
+
+@functools.cache
+def has_fused_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on this device."""
+    return INT8_LINEAR.import_error("triton_impl") is None and triton_refusal(device) is None
 
 
 def wants_int8(x: torch.Tensor, mode: str) -> bool:
@@ -24,23 +48,40 @@ def wants_int8(x: torch.Tensor, mode: str) -> bool:
     return mode == "int8" and x.numel() // x.shape[-1] > SMALL_M
 
 
-def int8_weight_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
-    """y[..., N] = x[..., K] @ w[N, K].T + bias for an INT8 weight; mode is `exact` or `int8`. Returns x's dtype."""
-    if not wants_int8(x, mode):
-        return torch.nn.functional.linear(x, unpack_int8(weight, x.dtype), bias)
-    xq, x_scale = quantize_per_token(x, weight.smooth, weight.rotation_group)
-    return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype)
+def int8_weight_linear(
+    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, mode: str, tune: bool = True
+) -> torch.Tensor:
+    """y[..., N] = x[..., K] @ w[N, K].T + bias for an INT8 weight; mode is `exact` or `int8`. Returns x's dtype.
+
+    tune: whether the product may measure its configurations at the first call of a shape.
+    """
+    if wants_int8(x, mode):
+        xq, x_scale = quantize_per_token(x, weight.smooth, weight.rotation_group)
+        return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype, tune)
+    if x.numel() <= SMALL_M * x.shape[-1] and not x.requires_grad:
+        if weight.smooth is not None:
+            x = (x.float() * weight.smooth).to(x.dtype)
+        if weight.rotation_group:
+            x = rotate(x.float(), weight.rotation_group).to(x.dtype)
+        return weight_only.weight_only_int8_linear(x, weight.data, weight.scale, bias)
+    return torch.nn.functional.linear(x, unpack_int8(weight, x.dtype), bias)
 
 
 def ggml_weight_linear(
-    x: torch.Tensor, weight: GgmlWeight, bias: torch.Tensor | None, mode: str, row_scale: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: GgmlWeight,
+    bias: torch.Tensor | None,
+    mode: str,
+    row_scale: torch.Tensor | None = None,
+    tune: bool = True,
 ) -> torch.Tensor:
     """y[..., N] = x[..., K] @ w[N, K].T + bias for a GGML weight; mode is `exact` or `int8`. Returns x's dtype.
 
-    row_scale: float32 [N, 1] that `unpack_to_int8` found for this weight before, or None to find it in this call.
+    row_scale: float32 [N, 1] that `unpack_to_int8` found for this weight before, or None to find it in this call. tune:
+    whether the product may measure its configurations at the first call of a shape.
     """
     if not wants_int8(x, mode):
         return torch.nn.functional.linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)
     wq, row_scale = unpack_to_int8(weight.data, weight.ggml_type, row_scale)
     xq, x_scale = quantize_per_token(x)
-    return int8_linear(xq, x_scale, wq, row_scale, bias, x.dtype)
+    return int8_linear(xq, x_scale, wq, row_scale, bias, x.dtype, tune)

@@ -25,9 +25,9 @@ def compute_mode() -> io.Combo.Input:
         "compute_mode",
         options=list(model.COMPUTE_MODES),
         default="auto",
-        tooltip="auto: the faster mode on this machine; in this version that is exact. exact: weights are unpacked "
-        "and computed in the model's dtype, what the file means. int8: activations are quantized too and INT8 units "
-        "compute the product, a little less exact.",
+        tooltip="auto: int8 for INT8 files where the Triton kernels run (NVIDIA, Ampere or newer), else exact. exact: "
+        "weights are unpacked and computed in the model's dtype, what the file means. int8: activations are quantized "
+        "too and INT8 units compute the product, a little less exact.",
     )
 
 
@@ -61,6 +61,17 @@ def protected_layers() -> io.String.Input:
         advanced=True,
         tooltip="Only while quantizing a BF16, FP16 or FP8 checkpoint: parts of layer names, separated by commas, "
         "that stay unquantized, such as feed_forward.w2. Costs memory and speed, gains quality.",
+    )
+
+
+def tune_kernels() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "tune_kernels",
+        default=True,
+        optional=True,
+        advanced=True,
+        tooltip="Measures once which variant of the INT8 kernel is fastest on this GPU, at most 3 seconds in the first "
+        "image, and remembers it. Off: uses the variant that is usually best.",
     )
 
 

@@ -22,11 +22,14 @@ class LoadDiffusionModelGguf(io.ComfyNode):
                 inputs.unconditional(names),
                 inputs.compute_mode(),
                 inputs.dtype(),
+                inputs.tune_kernels(),
             ],
             outputs=inputs.model_outputs(),
         )
 
     @classmethod
-    def execute(cls, checkpoint, unconditional, compute_mode, dtype) -> io.NodeOutput:
-        request = model.LoadRequest(files.full_path(checkpoint), compute_mode=compute_mode, dtype=dtype)
+    def execute(cls, checkpoint, unconditional, compute_mode, dtype, tune_kernels=True) -> io.NodeOutput:
+        request = model.LoadRequest(
+            files.full_path(checkpoint), compute_mode=compute_mode, dtype=dtype, tune=tune_kernels
+        )
         return io.NodeOutput(*model.load_pair(request, inputs.path_or_choice(unconditional)))

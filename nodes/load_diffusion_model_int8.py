@@ -25,6 +25,7 @@ class LoadDiffusionModelInt8(io.ComfyNode):
                 inputs.base_checkpoint("base_checkpoint", names, ""),
                 inputs.base_checkpoint("base_checkpoint_unconditional", names, " of the unconditional branch"),
                 inputs.protected_layers(),
+                inputs.tune_kernels(),
             ],
             outputs=inputs.model_outputs(),
         )
@@ -39,6 +40,7 @@ class LoadDiffusionModelInt8(io.ComfyNode):
         base_checkpoint=model.NONE,
         base_checkpoint_unconditional=model.NONE,
         protected_layers="",
+        tune_kernels=True,
     ) -> io.NodeOutput:
         request = model.LoadRequest(
             files.full_path(checkpoint),
@@ -47,6 +49,7 @@ class LoadDiffusionModelInt8(io.ComfyNode):
             dtype=dtype,
             quantize=True,
             protected=tuple(part.strip() for part in protected_layers.split(",") if part.strip()),
+            tune=tune_kernels,
         )
         base = inputs.optional_path(base_checkpoint_unconditional)
         return io.NodeOutput(*model.load_pair(request, inputs.path_or_choice(unconditional), base))

@@ -48,6 +48,14 @@ def device() -> torch.device:
     return torch.device(os.environ.get("LOWBIT_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _tuning_results_in_a_folder_of_this_session(tmp_path_factory):
+    """Kernels tuned by a test neither read nor write the user's own results."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LOWBIT_CACHE_DIR", str(tmp_path_factory.mktemp("tuning")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def comfy_host(tmp_path_factory):
     """The real host, imported into this process with the small models' sizes: a `host_harness.inprocess.Host`."""

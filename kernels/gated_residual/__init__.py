@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 from ..rms_norm_scale_quantize import sample_rows
 
 OP = Op(__name__, ("triton_impl", "reference"))
@@ -50,7 +50,7 @@ def check_gated_residual(op: str, residual: torch.Tensor, y: torch.Tensor, weigh
         raise ValueError(f"{op}: weight must have shape ({residual.shape[-1]},), got {tuple(weight.shape)}")
 
 
-@torch.library.custom_op("lowbit::gated_residual", mutates_args=())
+@custom_op("gated_residual")
 def _gated_residual(
     residual: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
 ) -> torch.Tensor:

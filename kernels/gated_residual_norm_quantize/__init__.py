@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 from ..gated_residual import check_gated_residual
 from ..quantize_per_token import check_quantizer
 from ..rms_norm_scale_quantize import sample_rows
@@ -68,7 +68,7 @@ def gated_residual_norm_quantize(
     return x.reshape(residual.shape), xq.reshape(residual.shape), x_scale.reshape(*residual.shape[:-1], 1)
 
 
-@torch.library.custom_op("lowbit::gated_residual_norm_quantize", mutates_args=())
+@custom_op("gated_residual_norm_quantize")
 def _gated_residual_norm_quantize(
     residual: torch.Tensor,
     y: torch.Tensor,

@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 
 OP = Op(__name__, ("triton_impl", "torch_impl", "reference"))
 
@@ -58,7 +58,8 @@ def int8_linear(
 
     xq: int8 [..., K]. x_scale: float32 [..., 1], per-token. wq: int8 [N, K]. w_scale: float32, per-tensor (one
     element) or per-channel (N elements). bias: [N] or None. tune: whether a kernel may measure its configurations at
-    the first call of a shape (`kernels.tuning`). Returns [..., N] in out_dtype. The integer sum is exact for K < 131072.
+    the first call of a shape (`kernels.tuning`). Returns [..., N] in out_dtype. The integer sum is exact for
+    K < 131072.
 
     Raises ValueError naming shapes and dtypes that do not fit.
     """
@@ -81,7 +82,7 @@ def int8_linear(
     return y.reshape(*xq.shape[:-1], N)
 
 
-@torch.library.custom_op("lowbit::int8_linear", mutates_args=())
+@custom_op("int8_linear")
 def _int8_linear(
     xq: torch.Tensor,
     x_scale: torch.Tensor,

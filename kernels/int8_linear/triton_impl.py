@@ -56,14 +56,13 @@ def run(call: Int8LinearCall) -> torch.Tensor:
 
 def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.Tensor, config: dict) -> None:
     M, N, K = call.M, call.N, call.K
-    tiles_m = triton.cdiv(M, config["BLOCK_M"])
-    tiles = tiles_m * triton.cdiv(N, config["BLOCK_N"])
+    tiles_m = -(-M // config["BLOCK_M"])
+    tiles = tiles_m * -(-N // config["BLOCK_N"])
     # Groups of equal size: a rest of few rows would read all weights for little work.
-    group_m = triton.cdiv(tiles_m, triton.cdiv(tiles_m, config["GROUP_M"]))
-    parts = configs.parts_along_k(tiles, K, config, call.device)
-    steps = triton.cdiv(K, config["BLOCK_K"])
-    part_steps = triton.cdiv(steps, parts)
-    parts = triton.cdiv(steps, part_steps)
+    group_m = -(-tiles_m // -(-tiles_m // config["GROUP_M"]))
+    steps = -(-K // config["BLOCK_K"])
+    part_steps = -(-steps // configs.parts_along_k(tiles, K, config["num_warps"], call.device))
+    parts = -(-steps // part_steps)
     sums = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.int32, device=y.device)
     _int8_linear_kernel[(tiles, parts)](
         xq,
@@ -85,7 +84,7 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
         **{name: value for name, value in config.items() if name != "GROUP_M"},
     )
     if parts > 1:
-        _add_parts_kernel[(triton.cdiv(N, SUM_BLOCK), M)](
+        _add_parts_kernel[(-(-N // SUM_BLOCK), M)](
             sums,
             call.x_scale,
             call.w_scale,

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 
 OP = Op(__name__, ("triton_impl", "reference"))
 
@@ -25,10 +25,10 @@ def quantize_per_token(
     """Quantize activations to INT8 with one dynamic scale a token.
 
     x: float [..., K]. smooth: float32 [K], multiplies x first. rotation_group: 0, or the size of the Hadamard groups
-    that x is rotated by along K (after smoothing). Returns xq int8 [..., K] and x_scale float32 [..., 1] with
-    `x_scale = absmax / 127` in float32 and codes rounded from x * (1 / x_scale), halves to even. An all-zero token gets
-    scale 1e-30 and zeros; a token that holds a NaN or an infinity gets a scale that is not finite and zeros, so that a
-    product with it is NaN.
+    that x is rotated by along K (after smoothing, and after rounding to x's dtype). Returns xq int8 [..., K] and x_scale
+    float32 [..., 1] with `x_scale = absmax / 127` in float32 and codes rounded from x * (1 / x_scale), halves to even.
+    An all-zero token gets scale 1e-30 and zeros; a token that holds a NaN or an infinity gets a scale that is not finite
+    and zeros, so that a product with it is NaN.
 
     Raises ValueError for a dtype that is not floating, a smooth that is not [K] and a group that does not divide K.
     """
@@ -49,7 +49,7 @@ def check_quantizer(op: str, x: torch.Tensor, smooth: torch.Tensor | None, rotat
         raise ValueError(f"{op}: rotation group {rotation_group} does not divide K={K}")
 
 
-@torch.library.custom_op("lowbit::quantize_per_token", mutates_args=())
+@custom_op("quantize_per_token")
 def _quantize_per_token(
     x: torch.Tensor, smooth: torch.Tensor | None, rotation_group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,13 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..capability import interpreted, triton_refusal
+from ..capability import interpreted, multiprocessors, triton_refusal
 
 if TYPE_CHECKING:
     from . import QuantizePerTokenCall
 
 HELD_K = 16384  # beyond, a token spills the registers of one program
 LONG_BLOCK = 4096
+PROGRAMS_PER_MULTIPROCESSOR = 8
 ROTATION_GROUP = 256
 
 # The interpreter has no bf16 products; float32 ones are exact in its stead.
@@ -100,13 +101,13 @@ def _quantize_per_token_kernel(
 ):
     m = tl.program_id(0).to(tl.int64)
     x_ptr += m * stride_xm
-    exact: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16 and smooth_ptr is None
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     a = load_features(x_ptr, 0, K, BLOCK_A)
-    a = transform_features(a, smooth_ptr, 0, K, ROTATE, exact, BLOCK_A, HADAMARD_DTYPE)
+    a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
     absmax = absmax_bits(a)
     if BLOCK_B:
         b = load_features(x_ptr, BLOCK_A, K, BLOCK_B)
-        b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, exact, BLOCK_B, HADAMARD_DTYPE)
+        b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, dtype, BLOCK_B, HADAMARD_DTYPE)
         absmax = tl.maximum(absmax, absmax_bits(b))
     scale = scale_of(absmax)
     tl.store(x_scale_ptr + m, scale)
@@ -132,15 +133,24 @@ def _quantize_long_token_kernel(
 ):
     m = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK
-    exact: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16 and smooth_ptr is None
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = load_features(x_ptr + m * stride_xm, start, K, BLOCK)
-    x = transform_features(x, smooth_ptr, start, K, ROTATE, exact, BLOCK, HADAMARD_DTYPE)
+    x = transform_features(x, smooth_ptr, start, K, ROTATE, dtype, BLOCK, HADAMARD_DTYPE)
     if STORE:
         scale = scale_of(tl.load(absmax_ptr + m))
         store_codes(xq_ptr + m * K, x, scale, start, K, BLOCK)
         tl.store(x_scale_ptr + m, scale)
     else:
         tl.atomic_max(absmax_ptr + m, absmax_bits(x))
+
+
+def rows_of_program(tokens: int, device: torch.device) -> int:
+    """How many tokens a program computes one after the other, where it keeps factors of all tokens in registers.
+
+    Reading the factors for each token anew would double the traffic of the L2 cache, which bounds these kernels.
+    """
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+    return -(-tokens // programs)
 
 
 # Building blocks of every kernel that holds a token
@@ -160,24 +170,21 @@ def transform_features(
     start,
     K,
     ROTATE: tl.constexpr,
-    EXACT: tl.constexpr,
+    DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     HADAMARD_DTYPE: tl.constexpr,
 ):
-    """x[BLOCK] smoothed and rotated, then in `rotate_features`' shape.
-
-    EXACT: x holds bfloat16 values and is not smoothed, so one product rotates it.
-    """
+    """x[BLOCK] smoothed, then rounded to DTYPE and rotated, in `rotate_features`' shape."""
     if smooth_ptr is not None:
         x *= load_features(smooth_ptr, start, K, BLOCK)
     if ROTATE:
-        x = rotate_features(x, EXACT, BLOCK, HADAMARD_DTYPE)
+        x = rotate_features(x.to(DTYPE), BLOCK, HADAMARD_DTYPE)
     return x
 
 
 @triton.jit
-def rotate_features(x, EXACT: tl.constexpr, BLOCK: tl.constexpr, HADAMARD_DTYPE: tl.constexpr):
-    """x[BLOCK] float32 with each group of 256 multiplied by H256 = kron(H16, H16), shaped [BLOCK // 256, 16, 16].
+def rotate_features(x, BLOCK: tl.constexpr, HADAMARD_DTYPE: tl.constexpr):
+    """x[BLOCK] with each group of 256 multiplied by H256 = kron(H16, H16): float32 [BLOCK // 256, 16, 16].
 
     A group is a 16 x 16 matrix X, and its product with H256 is H16 X H16. The result of the first product has the
     layout of the second's operand, so nothing is exchanged between threads in between.
@@ -188,12 +195,12 @@ def rotate_features(x, EXACT: tl.constexpr, BLOCK: tl.constexpr, HADAMARD_DTYPE:
     negative = ((i // 4 + j // 4) == 3) != ((i % 4 + j % 4) == 3)
     h = tl.where(negative, -0.25, 0.25).to(HADAMARD_DTYPE)
     h = tl.broadcast_to(h[None, :, :], (BLOCK // 256, 16, 16))
-    # Two narrow parts carry 16 bits of a float32, where rounding to codes needs 9.
+    # Two bfloat16 parts carry 16 bits of a wider value, where rounding to codes needs 9.
     x = tl.reshape(x, (BLOCK // 256, 16, 16))
     high = x.to(HADAMARD_DTYPE)
     y = tl.dot(h, high)
-    if not EXACT:
-        y = tl.dot(h, (x - high.to(tl.float32)).to(HADAMARD_DTYPE), y)
+    if x.dtype != tl.bfloat16:
+        y = tl.dot(h, (x.to(tl.float32) - high.to(tl.float32)).to(HADAMARD_DTYPE), y)
     high = y.to(HADAMARD_DTYPE)
     z = tl.dot(high, h)
     return tl.dot((y - high.to(tl.float32)).to(HADAMARD_DTYPE), h, z)

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 from ..quantize_per_token import check_quantizer
 
 OP = Op(__name__, ("triton_impl", "reference"))
@@ -58,7 +58,7 @@ def sample_rows(op: str, name: str, x: torch.Tensor, rows: torch.Tensor | None) 
     return rows.reshape(-1, x.shape[-1])
 
 
-@torch.library.custom_op("lowbit::rms_norm_scale_quantize", mutates_args=())
+@custom_op("rms_norm_scale_quantize")
 def _rms_norm_scale_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -26,7 +26,7 @@ def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
         values = rms_norm(call.x[tokens], call.weight, call.eps)
         if call.scale is not None:
             values *= rows_of_tokens(call.scale, tokens, M)
-        xq[tokens], x_scale[tokens] = quantize_rows(values, call.smooth, call.rotation_group)
+        xq[tokens], x_scale[tokens] = quantize_rows(values, call.smooth, call.rotation_group, call.x.dtype)
     return xq, x_scale
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 from ..quantize_per_token import check_quantizer
 
 OP = Op(__name__, ("triton_impl", "reference"))
@@ -42,7 +42,7 @@ def swiglu_quantize(
     return xq.reshape(gate.shape), x_scale.reshape(*gate.shape[:-1], 1)
 
 
-@torch.library.custom_op("lowbit::swiglu_quantize", mutates_args=())
+@custom_op("swiglu_quantize")
 def _swiglu_quantize(
     gate: torch.Tensor, up: torch.Tensor, smooth: torch.Tensor | None, rotation_group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

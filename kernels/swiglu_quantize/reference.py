@@ -26,7 +26,7 @@ def run(call: SwigluQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=call.gate.device)
     for tokens in row_chunks(M, K, call.gate.device):
         values = swiglu(call.gate[tokens], call.up[tokens])
-        xq[tokens], x_scale[tokens] = quantize_rows(values, call.smooth, call.rotation_group)
+        xq[tokens], x_scale[tokens] = quantize_rows(values, call.smooth, call.rotation_group, call.gate.dtype)
     return xq, x_scale
 
 

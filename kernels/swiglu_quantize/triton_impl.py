@@ -69,12 +69,13 @@ def _swiglu_quantize_kernel(
     m = tl.program_id(0).to(tl.int64)
     gate_ptr += m * stride_gm
     up_ptr += m * stride_um
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
     a = _swiglu(gate_ptr, up_ptr, 0, K, BLOCK_A)
-    a = transform_features(a, smooth_ptr, 0, K, ROTATE, False, BLOCK_A, HADAMARD_DTYPE)
+    a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
     absmax = absmax_bits(a)
     if BLOCK_B:
         b = _swiglu(gate_ptr, up_ptr, BLOCK_A, K, BLOCK_B)
-        b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, False, BLOCK_B, HADAMARD_DTYPE)
+        b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, dtype, BLOCK_B, HADAMARD_DTYPE)
         absmax = tl.maximum(absmax, absmax_bits(b))
     x_scale = scale_of(absmax)
     tl.store(x_scale_ptr + m, x_scale)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from ...formats import ggml
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 
 OP = Op(__name__, ("reference",))
 
@@ -33,7 +33,7 @@ def unpack(blocks: torch.Tensor, ggml_type: str, dtype: torch.dtype) -> torch.Te
     return weight.reshape(*blocks.shape[:-1], K)
 
 
-@torch.library.custom_op("lowbit::unpack", mutates_args=())
+@custom_op("unpack")
 def _unpack(blocks: torch.Tensor, ggml_type: str, dtype: torch.dtype) -> torch.Tensor:
     return OP.run(UnpackCall(blocks, ggml_type, dtype))
 

@@ -5,9 +5,9 @@ import dataclasses
 import torch
 
 from ...formats import Int8Weight
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 
-OP = Op(__name__, ("reference",))
+OP = Op(__name__, ("triton_impl", "reference"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ def unpack_int8(weight: Int8Weight, dtype: torch.dtype) -> torch.Tensor:
     return torch.ops.lowbit.unpack_int8(weight.data, weight.scale, weight.smooth, weight.rotation_group, dtype)
 
 
-@torch.library.custom_op("lowbit::unpack_int8", mutates_args=())
+@custom_op("unpack_int8")
 def _unpack_int8(
     wq: torch.Tensor, w_scale: torch.Tensor, smooth: torch.Tensor | None, rotation_group: int, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from ...formats import ggml
-from ..dispatch import Op
+from ..dispatch import Op, custom_op
 
 OP = Op(__name__, ("reference",))
 
@@ -39,7 +39,7 @@ def unpack_to_int8(
     return torch.ops.lowbit.unpack_to_int8(blocks, ggml_type, row_scale), row_scale
 
 
-@torch.library.custom_op("lowbit::unpack_to_int8", mutates_args=())
+@custom_op("unpack_to_int8")
 def _unpack_to_int8(blocks: torch.Tensor, ggml_type: str, row_scale: torch.Tensor) -> torch.Tensor:
     return OP.run(UnpackToInt8Call(blocks, ggml_type, row_scale))[0]
 
@@ -49,7 +49,7 @@ def _(blocks: torch.Tensor, ggml_type: str, row_scale: torch.Tensor) -> torch.Te
     return blocks.new_empty((blocks.shape[0], ggml.logical_K(ggml_type, blocks.shape[1])), dtype=torch.int8)
 
 
-@torch.library.custom_op("lowbit::unpack_to_int8_finding_scale", mutates_args=())
+@custom_op("unpack_to_int8_finding_scale")
 def _unpack_to_int8_finding_scale(blocks: torch.Tensor, ggml_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     return OP.run(UnpackToInt8Call(blocks, ggml_type, None))
 

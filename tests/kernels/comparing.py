@@ -1,0 +1,98 @@
+"""What the tests of the ops share: running one implementation or skipping with its reason, and comparing results."""
+
+import importlib
+
+import pytest
+import torch
+from lowbit.kernels.capability import interpreted
+from lowbit.kernels.dispatch import use_implementation
+from lowbit.kernels.quantize_per_token import quantize_per_token
+
+
+def by(implementation, function, *arguments, **options):
+    """`function(...)` computed by this implementation; skips the test, with the reason, where it refuses the call.
+
+    An implementation that does not import fails the test, unless it is Triton itself that is missing.
+    """
+    with use_implementation(implementation):
+        try:
+            return function(*arguments, **options)
+        except RuntimeError as error:
+            refused = f"{implementation!r} was asked for, but it" in str(error)
+            broken = "failed to import" in str(error) and "No module named 'triton'" not in str(error)
+            if not refused or broken:
+                raise
+            reason = str(error)
+    pytest.skip(reason)
+
+
+def expected_codes(implementation, values, smooth, rotation_group, dtype):
+    """The quantizer's own definition on float32 values, for an op that quantizes what it has computed of inputs of this
+    dtype: smoothed, and rounded to the dtype if they are rotated."""
+    values = values if smooth is None else values * smooth
+    if not rotation_group:
+        return by("reference", quantize_per_token, values)
+    if implementation == "triton_impl" and interpreted() and dtype == torch.bfloat16:
+        # The interpreter cuts a float32 off to bfloat16 where a device rounds it.
+        values = (values.view(torch.int32) & -65536).view(torch.float32)
+    return by("reference", quantize_per_token, values.to(dtype), None, rotation_group)
+
+
+def assert_grids_fit(monkeypatch, op, call):
+    """That the grids which Triton's implementation launches for the call are within CUDA's limits; no kernel runs, so
+    the call may hold tensors of the meta device."""
+    implementation = importlib.import_module(f"{op.__name__}.triton_impl")
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append((*grid, 1, 1)[:3])
+            return lambda *arguments, **options: None
+
+    for name in vars(implementation):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(implementation, name, Kernel())
+    implementation.run(call)
+    assert grids
+    for grid in grids:
+        assert all(size <= limit for size, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=True)), grid
+
+
+def assert_within_eps(actual, expected, eps):
+    """Values of one dtype that differ by at most `eps` of its machine epsilons, relative to the value; where terms
+    cancel, by what float32 loses of the largest."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    rtol = eps * torch.finfo(expected.dtype).eps
+    atol = 8 * torch.finfo(torch.float32).eps * float(expected.abs().amax()) if expected.numel() else 0.0
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=rtol, atol=atol)
+
+
+def assert_same_codes(actual, expected):
+    """(xq, x_scale) of both equal bit for bit; where a scale is not finite, codes are zero and scales not compared."""
+    _assert_same_form(actual, expected)
+    finite = expected[1].isfinite()
+    assert torch.equal(actual[1].isfinite(), finite)
+    assert torch.equal(actual[1][finite], expected[1][finite])
+    differing = int((actual[0] != expected[0]).sum())
+    assert differing == 0, f"{differing} of {expected[0].numel()} codes differ"
+    assert not actual[0][~finite.squeeze(-1)].any()
+
+
+def assert_nearly_the_same_codes(actual, expected):
+    """(xq, x_scale) whose values were computed in another order: scales within 8 float32 eps, and at most one code in a
+    thousand (or a single one) differs, by 1, where a value lies between two codes."""
+    _assert_same_form(actual, expected)
+    finite = expected[1].isfinite()
+    assert torch.equal(actual[1].isfinite(), finite)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(actual[1][finite], expected[1][finite], rtol=8 * eps, atol=0)
+    off = (actual[0].int() - expected[0].int()).abs()
+    differing = int((off != 0).sum())
+    assert off.numel() == 0 or int(off.max()) <= 1, f"a code is off by {int(off.max())}"
+    assert differing <= max(1, 1e-3 * off.numel()), f"{differing} of {off.numel()} codes differ"
+    assert not actual[0][~finite.squeeze(-1)].any()
+
+
+def _assert_same_form(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
