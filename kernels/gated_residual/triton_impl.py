@@ -1,7 +1,4 @@
-"""x = residual + gate * (y * rsqrt(mean(y**2) + eps) * weight): every tensor is moved once.
-
-A program computes some tokens of one sample and keeps gate * weight for all of them.
-"""
+"""x = residual + gate * (y * rsqrt(mean(y**2) + eps) * weight): one program a token, every tensor is moved once."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ from ..quantize_per_token.triton_impl import (
     HELD_K,
     load_features,
     row_major,
-    rows_of_program,
+    sum_of_parts,
     token_constants,
     token_refusal,
 )
-from ..rms_norm_scale_quantize.triton_impl import inverse_root, load_factor
+from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate
 
 if TYPE_CHECKING:
     from . import GatedResidualCall
@@ -34,13 +31,11 @@ def run(call: GatedResidualCall) -> torch.Tensor:
     residual, y, gate = row_major(call.residual), row_major(call.y), row_major(call.gate)
     M, K = residual.shape
     x = torch.empty((M, K), dtype=residual.dtype, device=residual.device)
-    sample_tokens = M // gate.shape[0]
-    rows = rows_of_program(sample_tokens, x.device)
     constants = token_constants(K)
     del constants["HADAMARD_DTYPE"]
     if M:
         with torch.cuda.device_of(x):
-            _gated_residual_kernel[(triton.cdiv(sample_tokens, rows), gate.shape[0])](
+            _gated_residual_kernel[(M,)](
                 residual,
                 y,
                 call.weight.contiguous(),
@@ -50,15 +45,14 @@ def run(call: GatedResidualCall) -> torch.Tensor:
                 residual.stride(0),
                 y.stride(0),
                 gate.stride(0),
-                sample_tokens,
-                rows,
+                M // gate.shape[0],
                 call.eps,
                 **constants,
             )
     return x
 
 
-@triton.jit(do_not_specialize=["sample_tokens", "rows"])
+@triton.jit(do_not_specialize=["sample_tokens"])
 def _gated_residual_kernel(
     residual_ptr,
     y_ptr,
@@ -70,29 +64,25 @@ def _gated_residual_kernel(
     stride_ym,
     stride_gate,
     sample_tokens,
-    rows,
     eps,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    gate_ptr += tl.program_id(1).to(tl.int64) * stride_gate
-    factor_a = load_factor(weight_ptr, gate_ptr, 0, K, BLOCK_A)
+    m = tl.program_id(0).to(tl.int64)
+    residual_ptr += m * stride_rm
+    y_ptr += m * stride_ym
+    gate_ptr += m // sample_tokens * stride_gate
+    a = load_features(y_ptr, 0, K, BLOCK_A)
+    b = load_features(y_ptr, BLOCK_A, K, BLOCK_B) if BLOCK_B else a
+    # Loaded before the exchange between threads, so that both are on their way at the same time.
+    residual_a = load_features(residual_ptr, 0, K, BLOCK_A)
+    residual_b = load_features(residual_ptr, BLOCK_A, K, BLOCK_B) if BLOCK_B else a
+    inverse_rms = inverse_root(sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B) / K + eps)
+    a = residual_a + modulate(a, inverse_rms, weight_ptr, gate_ptr, 0, K, BLOCK_A)
+    store_features(x_ptr + m * K, a, 0, K, BLOCK_A)
     if BLOCK_B:
-        factor_b = load_factor(weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
-    first = tl.program_id(0) * rows
-    for row in range(first, tl.minimum(first + rows, sample_tokens)):
-        m = tl.program_id(1).to(tl.int64) * sample_tokens + row
-        a = load_features(y_ptr + m * stride_ym, 0, K, BLOCK_A)
-        residual_a = load_features(residual_ptr + m * stride_rm, 0, K, BLOCK_A)
-        square_sum = tl.sum(a * a)
-        if BLOCK_B:
-            b = load_features(y_ptr + m * stride_ym, BLOCK_A, K, BLOCK_B)
-            residual_b = load_features(residual_ptr + m * stride_rm, BLOCK_A, K, BLOCK_B)
-            square_sum += tl.sum(b * b)
-        inverse_rms = inverse_root(square_sum / K + eps)
-        store_features(x_ptr + m * K, residual_a + a * (inverse_rms * factor_a), 0, K, BLOCK_A)
-        if BLOCK_B:
-            store_features(x_ptr + m * K, residual_b + b * (inverse_rms * factor_b), BLOCK_A, K, BLOCK_B)
+        b = residual_b + modulate(b, inverse_rms, weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
+        store_features(x_ptr + m * K, b, BLOCK_A, K, BLOCK_B)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """xq = round(rotate(x * smooth) * (1 / x_scale)), x_scale = max(absmax / 127, 1e-30): one program a token.
 
 A token of up to HELD_K features stays in registers between finding its scale and rounding, so it is read once. It is
-held in two parts, the largest power of two that fits in K and the rest: K = 4608 is 4096 + 512 and fills its lanes,
-where one power of two (8192) would leave half of them idle. A longer token is read twice, the second time from the L2
-cache, by several programs: few tokens would not fill the device otherwise.
+held in two parts, the largest power of two that fits in K and the rest: K = 12288 is 8192 + 4096 and fills its lanes,
+where one power of two (16384) would leave a quarter of them idle. A longer token is read twice, the second time from
+the L2 cache, by several programs: few tokens would not fill the device otherwise.
 
 The fused producers (RMSNorm, SwiGLU) share the building blocks below.
 """
@@ -16,14 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..capability import interpreted, multiprocessors, triton_refusal
+from ..capability import interpreted, triton_refusal
 
 if TYPE_CHECKING:
     from . import QuantizePerTokenCall
 
 HELD_K = 16384  # beyond, a token spills the registers of one program
 LONG_BLOCK = 4096
-PROGRAMS_PER_MULTIPROCESSOR = 8
 ROTATION_GROUP = 256
 
 # The interpreter has no bf16 products; float32 ones are exact in its stead.
@@ -75,14 +74,15 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def token_constants(K: int, features_per_thread: int = 32) -> dict:
+def token_constants(K: int) -> dict:
     """The launch constants of a kernel that holds one token of K features: the two parts and the warps.
 
-    Fewer features a thread are for kernels that hold several tensors, whose registers they have to share.
+    About 32 features a thread: fewer leave too few loads in flight, more take registers that further programs need. The
+    second part is half of the first at least: then Triton folds the first into it without leaving the threads.
     """
     block_a = max(ROTATION_GROUP, 1 << (K.bit_length() - 1))
-    block_b = max(ROTATION_GROUP, triton.next_power_of_2(K - block_a)) if K > block_a else 0
-    num_warps = min(max(block_a // (32 * features_per_thread), 1), 16)
+    num_warps = min(max(block_a // 1024, 1), 16)
+    block_b = max(ROTATION_GROUP, block_a // 2, triton.next_power_of_2(K - block_a)) if K > block_a else 0
     return {"BLOCK_A": block_a, "BLOCK_B": block_b, "HADAMARD_DTYPE": HADAMARD_DTYPE, "num_warps": num_warps}
 
 
@@ -103,13 +103,12 @@ def _quantize_per_token_kernel(
     x_ptr += m * stride_xm
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     a = load_features(x_ptr, 0, K, BLOCK_A)
-    a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
-    absmax = absmax_bits(a)
+    b = a
     if BLOCK_B:
         b = load_features(x_ptr, BLOCK_A, K, BLOCK_B)
         b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, dtype, BLOCK_B, HADAMARD_DTYPE)
-        absmax = tl.maximum(absmax, absmax_bits(b))
-    scale = scale_of(absmax)
+    a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
+    scale = scale_of(absmax_of_parts(a, b, BLOCK_A, BLOCK_B))
     tl.store(x_scale_ptr + m, scale)
     xq_ptr += m * K
     store_codes(xq_ptr, a, scale, 0, K, BLOCK_A)
@@ -142,15 +141,6 @@ def _quantize_long_token_kernel(
         tl.store(x_scale_ptr + m, scale)
     else:
         tl.atomic_max(absmax_ptr + m, absmax_bits(x))
-
-
-def rows_of_program(tokens: int, device: torch.device) -> int:
-    """How many tokens a program computes one after the other, where it keeps factors of all tokens in registers.
-
-    Reading the factors for each token anew would double the traffic of the L2 cache, which bounds these kernels.
-    """
-    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
-    return -(-tokens // programs)
 
 
 # Building blocks of every kernel that holds a token
@@ -204,6 +194,25 @@ def rotate_features(x, BLOCK: tl.constexpr, HADAMARD_DTYPE: tl.constexpr):
     high = y.to(HADAMARD_DTYPE)
     z = tl.dot(high, h)
     return tl.dot((y - high.to(tl.float32)).to(HADAMARD_DTYPE), h, z)
+
+
+@triton.jit
+def sum_of_parts(a, b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The sum over both parts of a token, one exchange between threads for both. b is ignored if BLOCK_B is 0."""
+    if BLOCK_B:
+        a = tl.sum(tl.reshape(a, (BLOCK_A // BLOCK_B, BLOCK_B)), axis=0) + b
+    return tl.sum(a)
+
+
+@triton.jit
+def absmax_of_parts(a, b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
+    """`absmax_bits` over both parts of a token, one exchange between threads for both."""
+    a = a.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if BLOCK_B:
+        b = b.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        a = tl.max(tl.reshape(a, (BLOCK_A // BLOCK_B, BLOCK_B)), axis=0)
+        a = tl.maximum(a, tl.reshape(b, (BLOCK_B,)))
+    return tl.max(a)
 
 
 @triton.jit

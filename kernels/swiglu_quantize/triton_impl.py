@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..quantize_per_token.triton_impl import (
     HELD_K,
-    absmax_bits,
+    absmax_of_parts,
     load_features,
     row_major,
     scale_of,
@@ -72,12 +72,11 @@ def _swiglu_quantize_kernel(
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     a = _swiglu(gate_ptr, up_ptr, 0, K, BLOCK_A)
     a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
-    absmax = absmax_bits(a)
+    b = a
     if BLOCK_B:
         b = _swiglu(gate_ptr, up_ptr, BLOCK_A, K, BLOCK_B)
         b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, dtype, BLOCK_B, HADAMARD_DTYPE)
-        absmax = tl.maximum(absmax, absmax_bits(b))
-    x_scale = scale_of(absmax)
+    x_scale = scale_of(absmax_of_parts(a, b, BLOCK_A, BLOCK_B))
     tl.store(x_scale_ptr + m, x_scale)
     xq_ptr += m * K
     store_codes(xq_ptr, a, x_scale, 0, K, BLOCK_A)

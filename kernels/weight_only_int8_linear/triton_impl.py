@@ -1,7 +1,7 @@
 """y[M, N] = (x[M, K] @ wq[N, K].T) * w_scale[N, 1].T + bias[N], M <= 16: bound by reading wq, one byte a weight.
 
-A program computes some output features of all tokens. One or two tokens are multiplied and summed directly, more go
-through the tensor cores, whose smallest tile has 16 rows; codes are exact in bf16 and fp16.
+A program computes some output features of all tokens. One token is multiplied and summed directly, more go through
+the tensor cores, whose smallest tile has 16 rows; codes are exact in bf16 and fp16.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from . import LARGEST_M
 
 if TYPE_CHECKING:
     from . import WeightOnlyInt8LinearCall
-
-BLOCK_K = 256
-LARGEST_DIRECT_M = 2
 
 
 def supports(call: WeightOnlyInt8LinearCall) -> str | None:
@@ -37,7 +34,9 @@ def run(call: WeightOnlyInt8LinearCall) -> torch.Tensor:
     N = wq.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     block_n = 32 if N >= 8192 else 16  # enough programs to keep the memory busy
-    direct = M <= LARGEST_DIRECT_M
+    direct = M == 1
+    # A direct sum has no pipeline: long steps keep its loads in flight.
+    block_k = min(max(triton.next_power_of_2(K), 64), 1024) if direct else 256
     if M and N:
         with torch.cuda.device_of(y):
             _weight_only_int8_linear_kernel[(triton.cdiv(N, block_n),)](
@@ -52,11 +51,11 @@ def run(call: WeightOnlyInt8LinearCall) -> torch.Tensor:
                 x.stride(0),
                 wq.stride(0),
                 PER_CHANNEL=call.w_scale.numel() > 1,
-                EVEN_K=K % BLOCK_K == 0,
-                BLOCK_M=M if direct else LARGEST_M,
+                EVEN_K=K % block_k == 0,
+                BLOCK_M=LARGEST_M,
                 DIRECT=direct,
                 BLOCK_N=block_n,
-                BLOCK_K=BLOCK_K,
+                BLOCK_K=block_k,
                 DOT_DTYPE=tl.float32 if interpreted() else None,  # the interpreter has no bf16 products
                 num_warps=4,
                 num_stages=4,
@@ -86,10 +85,9 @@ def _weight_only_int8_linear_kernel(
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if DIRECT:
-        for m in tl.static_range(BLOCK_M):
-            total = _direct_sum(x_ptr + m * stride_xm, wq_ptr, n, N, K, stride_wn, EVEN_K, BLOCK_N, BLOCK_K)
-            y = _scaled(total, w_scale_ptr, bias_ptr, n, N, PER_CHANNEL)
-            tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+        total = _direct_sum(x_ptr, wq_ptr, n, N, K, stride_wn, EVEN_K, BLOCK_N, BLOCK_K)
+        y = _scaled(total, w_scale_ptr, bias_ptr, n, N, PER_CHANNEL)
+        tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
     else:
         m = tl.arange(0, BLOCK_M)
         total = _tile_sum(
@@ -105,7 +103,7 @@ def _direct_sum(x_ptr, wq_ptr, n, N, K, stride_wn, EVEN_K: tl.constexpr, BLOCK_N
     """x[K] @ wq[n, K].T of one token, float32 [BLOCK_N]."""
     k = tl.arange(0, BLOCK_K)
     w_ptrs = wq_ptr + tl.where(n < N, n, 0).to(tl.int64)[:, None] * stride_wn + k[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptr + start + k)
@@ -113,9 +111,9 @@ def _direct_sum(x_ptr, wq_ptr, n, N, K, stride_wn, EVEN_K: tl.constexpr, BLOCK_N
         else:
             x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0)
             w = tl.load(w_ptrs, mask=(start + k < K)[None, :], other=0)
-        total += x.to(tl.float32)[None, :] * w.to(tl.float32)
+        total += tl.sum(x.to(tl.float32)[None, :] * w.to(tl.float32), axis=1)
         w_ptrs += BLOCK_K
-    return tl.sum(total, axis=1)
+    return total
 
 
 @triton.jit
