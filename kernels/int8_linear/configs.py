@@ -18,9 +18,10 @@ PART_COST = 12
 
 
 def config(
-    block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, group_m: int = 8
+    block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, group_m: int = 8, tma: int = 0
 ) -> dict[str, int]:
-    """Tile of y [block_m, block_n], step along K, warps and pipeline stages of a program; rows of tiles in a group."""
+    """Tile of y [block_m, block_n], step along K, warps and pipeline stages of a program; rows of tiles in a group at
+    most; whether the bulk copy engine brings the operands."""
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -28,6 +29,7 @@ def config(
         "GROUP_M": group_m,
         "num_warps": num_warps,
         "num_stages": num_stages,
+        "TMA": tma,
     }
 
 
@@ -50,8 +52,8 @@ TABLE: dict[tuple[int, int], tuple] = {
     (9, 0): (
         *_CONSUMER[:2],
         (64, (config(64, 128, 128, 4, 4), config(64, 64, 128, 4, 4))),
-        (512, (config(128, 128, 128, 4, 3), config(64, 128, 128, 4, 4), config(128, 128, 128, 8, 3))),
-        (16384, (config(128, 128, 128, 4, 3), config(128, 128, 128, 8, 3), config(128, 256, 128, 8, 3))),
+        (512, (config(128, 128, 128, 4, 3, 17), config(64, 128, 128, 4, 4), config(128, 128, 128, 4, 3, 17, tma=1))),
+        (16384, (config(128, 128, 128, 4, 3, 17, tma=1), config(128, 128, 128, 4, 3, 17))),
     ),
     (12, 0): _CONSUMER,
 }

