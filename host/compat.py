@@ -15,6 +15,9 @@ _NEEDED = {
     "comfy.quant_ops": ("QuantizedTensor", "QUANT_ALGOS", "register_layout_class"),
     "comfy.ops": ("mixed_precision_ops", "cast_bias_weight", "uncast_bias_weight"),
     "comfy.weight_adapter.lora": ("LoRAAdapter",),
+    "comfy.ldm.ideogram4.model": ("Ideogram4TransformerBlock",),
+    "comfy.model_prefetch": ("prefetch_queue_pop",),
+    "comfy_api.torch_helpers.torch_compile": ("COMPILE_KEY",),
     "comfy_api.latest": ("ComfyExtension", "io", "ui"),
 }
 

@@ -26,6 +26,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY as STOCK_KEY
+from torch.utils._pytree import tree_iter
 
 from .ops import LowbitLinear
 
@@ -113,7 +114,8 @@ class _CompiledCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         comfy.ops.run_every_op()  # stops here when the prompt is cancelled: compiled layers do not look
-        like = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        leaves = tree_iter((args, kwargs))
+        like = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
         _move_loras(self.module, like)
         with _weights_on_device(self.module, like.device):
             return self.compiled(*args, **kwargs)

@@ -217,8 +217,11 @@ class LowbitLinear:
     def quantizer(self, x: torch.Tensor) -> Quantizer | None:
         """How a fused kernel may quantize what this layer reads, or None where the layer has to see the floats x.
 
-        A LoRA's side path reads them, a patched weight may no longer be quantized, and few tokens are not quantized.
+        A LoRA's side path reads them, as do hooks and a `forward` that another pack has put here; a patched weight may
+        no longer be quantized, and few tokens are not quantized.
         """
+        if "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks:
+            return None
         if self.model_patches or self.hook_patches or self.weight_function or self.weight_lowvram_function is not None:
             return None
         return self._quantizer(x.device) if quantized_linear.wants_int8(x, self.mode) else None

@@ -19,15 +19,16 @@ class CompileModel(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip="The model to compile, from a Lowbit loader or any other one; LoRA nodes may come before "
-                    "or after. Its first step takes a minute or so longer, and so does the first one after a change "
-                    "such as a LoRA.",
+                    "or after. The first step takes longer, some seconds to a minute, and so does the first one after "
+                    "a change such as a LoRA.",
                 ),
                 io.Combo.Input(
                     "backend",
                     options=list(compile.BACKENDS),
                     default=compile.BACKENDS[0],
-                    tooltip="inductor: fuses operations into new kernels; needs Triton on a GPU, a C++ compiler on a "
-                    "CPU. cudagraphs: only saves the time of launching kernels, on NVIDIA GPUs.",
+                    tooltip="inductor: fuses operations into new kernels, one transformer block at a time; needs "
+                    "Triton on a GPU, a C++ compiler on a CPU. cudagraphs: records the whole model, which saves the "
+                    "time of launching kernels; only for NVIDIA GPUs that hold all weights at once.",
                     advanced=True,
                 ),
             ],

@@ -41,7 +41,6 @@ def run(call: GatedResidualCall) -> torch.Tensor:
                 call.weight.contiguous(),
                 gate,
                 x,
-                K,
                 residual.stride(0),
                 y.stride(0),
                 gate.stride(0),
@@ -59,12 +58,12 @@ def _gated_residual_kernel(
     weight_ptr,
     gate_ptr,
     x_ptr,
-    K,
     stride_rm,
     stride_ym,
     stride_gate,
     sample_tokens,
     eps,
+    K: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
@@ -78,10 +77,10 @@ def _gated_residual_kernel(
     residual_a = load_features(residual_ptr, 0, K, BLOCK_A)
     residual_b = load_features(residual_ptr, BLOCK_A, K, BLOCK_B) if BLOCK_B else a
     inverse_rms = inverse_root(sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B) / K + eps)
-    a = residual_a + modulate(a, inverse_rms, weight_ptr, gate_ptr, 0, K, BLOCK_A)
+    a = residual_a + modulate(a * inverse_rms, weight_ptr, gate_ptr, 0, K, BLOCK_A)
     store_features(x_ptr + m * K, a, 0, K, BLOCK_A)
     if BLOCK_B:
-        b = residual_b + modulate(b, inverse_rms, weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
+        b = residual_b + modulate(b * inverse_rms, weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
         store_features(x_ptr + m * K, b, BLOCK_A, K, BLOCK_B)
 
 
@@ -90,5 +89,8 @@ def store_features(ptr, x, start, K, BLOCK: tl.constexpr):
     """Rounds x[BLOCK] to the pointer's dtype and stores it; returns the float32 of what was stored."""
     x = x.to(ptr.dtype.element_ty)
     k = start + tl.arange(0, BLOCK)
-    tl.store(ptr + k, x, mask=k < K)
+    if start + BLOCK <= K:
+        tl.store(ptr + k, x)
+    else:
+        tl.store(ptr + k, x, mask=k < K)
     return x.to(tl.float32)

@@ -51,7 +51,6 @@ def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor
                 x,
                 xq,
                 x_scale,
-                K,
                 residual.stride(0),
                 y.stride(0),
                 gate.stride(0),
@@ -76,13 +75,13 @@ def _gated_residual_norm_quantize_kernel(
     x_ptr,
     xq_ptr,
     x_scale_ptr,
-    K,
     stride_rm,
     stride_ym,
     stride_gate,
     stride_scale,
     sample_tokens,
     eps,
+    K: tl.constexpr,
     ROTATE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -99,19 +98,19 @@ def _gated_residual_norm_quantize_kernel(
     residual_a = load_features(residual_ptr, 0, K, BLOCK_A)
     residual_b = load_features(residual_ptr, BLOCK_A, K, BLOCK_B) if BLOCK_B else a
     inverse_rms = inverse_root(sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B) / K + eps)
-    a = residual_a + modulate(a, inverse_rms, y_weight_ptr, gate_ptr, 0, K, BLOCK_A)
+    a = residual_a + modulate(a * inverse_rms, y_weight_ptr, gate_ptr, 0, K, BLOCK_A)
     a = store_features(x_ptr + m * K, a, 0, K, BLOCK_A)
     if BLOCK_B:
-        b = residual_b + modulate(b, inverse_rms, y_weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
+        b = residual_b + modulate(b * inverse_rms, y_weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
         b = store_features(x_ptr + m * K, b, BLOCK_A, K, BLOCK_B)
-    inverse_rms = inverse_root(sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B) / K + eps)
-    a = modulate(a, inverse_rms, weight_ptr, scale_ptr, 0, K, BLOCK_A)
+    square_sum = sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B)
+    a = modulate(a, weight_ptr, scale_ptr, 0, K, BLOCK_A)
     a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
     if BLOCK_B:
-        b = modulate(b, inverse_rms, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
+        b = modulate(b, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
         b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, dtype, BLOCK_B, HADAMARD_DTYPE)
-    x_scale = scale_of(absmax_of_parts(a, b, BLOCK_A, BLOCK_B))
-    tl.store(x_scale_ptr + m, x_scale)
-    store_codes(xq_ptr + m * K, a, x_scale, 0, K, BLOCK_A)
+    code_scale = scale_of(absmax_of_parts(a, b, BLOCK_A, BLOCK_B))
+    tl.store(x_scale_ptr + m, code_scale * inverse_root(square_sum / K + eps))
+    store_codes(xq_ptr + m * K, a, code_scale, 0, K, BLOCK_A)
     if BLOCK_B:
-        store_codes(xq_ptr + m * K, b, x_scale, BLOCK_A, K, BLOCK_B)
+        store_codes(xq_ptr + m * K, b, code_scale, BLOCK_A, K, BLOCK_B)

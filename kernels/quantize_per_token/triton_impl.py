@@ -58,7 +58,7 @@ def run(call: QuantizePerTokenCall) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.cuda.device_of(x):
         if K <= HELD_K:
             _quantize_per_token_kernel[(M,)](
-                x, call.smooth, xq, x_scale, K, x.stride(0), ROTATE=rotate, **token_constants(K)
+                x, call.smooth, xq, x_scale, x.stride(0), ROTATE=rotate, **token_constants(K)
             )
         else:
             absmax = torch.zeros((M,), dtype=torch.int32, device=x.device)
@@ -77,13 +77,12 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
 def token_constants(K: int) -> dict:
     """The launch constants of a kernel that holds one token of K features: the two parts and the warps.
 
-    About 32 features a thread: fewer leave too few loads in flight, more take registers that further programs need. The
-    second part is half of the first at least: then Triton folds the first into it without leaving the threads.
+    About 32 features a thread: fewer leave too few loads in flight, more take registers that further programs need.
     """
     block_a = max(ROTATION_GROUP, 1 << (K.bit_length() - 1))
     num_warps = min(max(block_a // 1024, 1), 16)
-    block_b = max(ROTATION_GROUP, block_a // 2, triton.next_power_of_2(K - block_a)) if K > block_a else 0
-    return {"BLOCK_A": block_a, "BLOCK_B": block_b, "HADAMARD_DTYPE": HADAMARD_DTYPE, "num_warps": num_warps}
+    block_b = max(ROTATION_GROUP, triton.next_power_of_2(K - block_a)) if K > block_a else 0
+    return {"K": K, "BLOCK_A": block_a, "BLOCK_B": block_b, "HADAMARD_DTYPE": HADAMARD_DTYPE, "num_warps": num_warps}
 
 
 @triton.jit
@@ -92,8 +91,8 @@ def _quantize_per_token_kernel(
     smooth_ptr,
     xq_ptr,
     x_scale_ptr,
-    K,
     stride_xm,
+    K: tl.constexpr,
     ROTATE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -150,7 +149,11 @@ def _quantize_long_token_kernel(
 def load_features(ptr, start, K, BLOCK: tl.constexpr):
     """Features start ... start + BLOCK of a token as float32 [BLOCK], zero beyond K."""
     k = start + tl.arange(0, BLOCK)
-    return tl.load(ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if start + BLOCK <= K:  # known at compile time where K is: a mask costs instructions that bound these kernels
+        x = tl.load(ptr + k)
+    else:
+        x = tl.load(ptr + k, mask=k < K, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -198,21 +201,27 @@ def rotate_features(x, BLOCK: tl.constexpr, HADAMARD_DTYPE: tl.constexpr):
 
 @triton.jit
 def sum_of_parts(a, b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The sum over both parts of a token, one exchange between threads for both. b is ignored if BLOCK_B is 0."""
-    if BLOCK_B:
-        a = tl.sum(tl.reshape(a, (BLOCK_A // BLOCK_B, BLOCK_B)), axis=0) + b
-    return tl.sum(a)
+    """The sum over both parts of a token. b is ignored if BLOCK_B is 0."""
+    if BLOCK_A == 2 * BLOCK_B:  # the first folds into the second within each thread, then one exchange does for both
+        total = tl.sum(tl.sum(tl.reshape(a, (2, BLOCK_B)), axis=0) + b)
+    else:
+        total = tl.sum(a)
+        if BLOCK_B:
+            total += tl.sum(b)
+    return total
 
 
 @triton.jit
 def absmax_of_parts(a, b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
-    """`absmax_bits` over both parts of a token, one exchange between threads for both."""
-    a = a.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    if BLOCK_B:
-        b = b.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        a = tl.max(tl.reshape(a, (BLOCK_A // BLOCK_B, BLOCK_B)), axis=0)
-        a = tl.maximum(a, tl.reshape(b, (BLOCK_B,)))
-    return tl.max(a)
+    """`absmax_bits` over both parts of a token, as in `sum_of_parts`."""
+    if BLOCK_A == 2 * BLOCK_B:
+        a = tl.max(tl.reshape(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (2, BLOCK_B)), axis=0)
+        absmax = tl.max(tl.maximum(a, tl.reshape(b.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (BLOCK_B,))))
+    else:
+        absmax = absmax_bits(a)
+        if BLOCK_B:
+            absmax = tl.maximum(absmax, absmax_bits(b))
+    return absmax
 
 
 @triton.jit
@@ -232,8 +241,13 @@ def scale_of(absmax):
 def store_codes(ptr, x, scale, start, K, BLOCK: tl.constexpr):
     """round(x * (1 / scale)) with halves to even, zeros where the scale is not finite. x: BLOCK features, any shape."""
     k = start + tl.arange(0, BLOCK)
-    finite = tl.abs(scale) < float("inf")
-    # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code.
-    rounded = x * tl.div_rn(1.0, scale) + 12582912.0
-    code = tl.where(finite, rounded.to(tl.int32, bitcast=True), 0).to(tl.int8)
-    tl.store(ptr + k, tl.reshape(code, (BLOCK,)), mask=k < K)
+    if tl.abs(scale) < float("inf"):
+        # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code.
+        code = (x * tl.div_rn(1.0, scale) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        code = tl.reshape(code, (BLOCK,))
+        if start + BLOCK <= K:
+            tl.store(ptr + k, code)
+        else:
+            tl.store(ptr + k, code, mask=k < K)
+    else:
+        tl.store(ptr + k, tl.zeros((BLOCK,), tl.int8), mask=k < K)

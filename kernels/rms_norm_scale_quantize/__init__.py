@@ -33,6 +33,8 @@ def rms_norm_scale_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm and modulation, quantized per token in the same pass; everything in float32 up to the codes.
 
+    What a rotation rounds to x's dtype are the values x * weight * scale, before their division by the token's rms.
+
     x: float [..., L, K]. weight: float [K]. scale: float, multiplies the normalized tokens: [..., 1, K], one row a
     sample, or None. eps: added to the mean square. smooth, rotation_group: as in `quantize_per_token`. Returns xq int8
     [..., L, K] and x_scale float32 [..., L, 1].

@@ -1,4 +1,7 @@
-"""quantize(x * rsqrt(mean(x**2) + eps) * weight * scale), in float32."""
+"""xq, s = quantize(x * weight * scale); x_scale = s * rsqrt(mean(x**2) + eps), in float32.
+
+A token's root mean square is one number: it goes into its scale, and the codes are those of the values without it.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,24 @@ def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
     xq = torch.empty((M, K), dtype=torch.int8, device=call.x.device)
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=call.x.device)
     for tokens in row_chunks(M, K, call.x.device):
-        values = rms_norm(call.x[tokens], call.weight, call.eps)
+        x = call.x[tokens].float()
+        values = x * call.weight.float()
         if call.scale is not None:
             values *= rows_of_tokens(call.scale, tokens, M)
-        xq[tokens], x_scale[tokens] = quantize_rows(values, call.smooth, call.rotation_group, call.x.dtype)
+        codes, code_scale = quantize_rows(values, call.smooth, call.rotation_group, call.x.dtype)
+        xq[tokens], x_scale[tokens] = codes, code_scale * inverse_rms(x, call.eps)
     return xq, x_scale
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x[M, K] normalized, in float32 and not rounded."""
     x = x.float()
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+    return x * inverse_rms(x, eps) * weight.float()
+
+
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x**2) + eps) of each token of float32 x [M, K]: [M, 1]."""
+    return torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
 def rows_of_tokens(rows: torch.Tensor, tokens: slice, M: int) -> torch.Tensor:

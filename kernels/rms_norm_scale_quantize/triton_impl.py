@@ -1,6 +1,7 @@
-"""xq, x_scale = quantize(x * rsqrt(mean(x**2) + eps) * weight * scale): one program a token, held in registers.
+"""xq, s = quantize(x * weight * scale), x_scale = s * rsqrt(mean(x**2) + eps): one program a token, held in registers.
 
-The norm's own reduction and the quantizer's run on the same registers, so x is read once and only codes are written.
+The norm's own reduction and the quantizer's run on the same registers and do not wait for each other: the root mean
+square goes into the token's scale. x is read once and only codes are written.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
                 call.smooth,
                 xq,
                 x_scale,
-                K,
                 x.stride(0),
                 0 if scale is None else scale.stride(0),
                 1 if scale is None else M // scale.shape[0],
@@ -67,11 +67,11 @@ def _rms_norm_scale_quantize_kernel(
     smooth_ptr,
     xq_ptr,
     x_scale_ptr,
-    K,
     stride_xm,
     stride_scale,
     sample_tokens,
     eps,
+    K: tl.constexpr,
     ROTATE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -84,17 +84,17 @@ def _rms_norm_scale_quantize_kernel(
         scale_ptr += m // sample_tokens * stride_scale
     a = load_features(x_ptr, 0, K, BLOCK_A)
     b = load_features(x_ptr, BLOCK_A, K, BLOCK_B) if BLOCK_B else a
-    inverse_rms = inverse_root(sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B) / K + eps)
-    a = modulate(a, inverse_rms, weight_ptr, scale_ptr, 0, K, BLOCK_A)
+    square_sum = sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B)
+    a = modulate(a, weight_ptr, scale_ptr, 0, K, BLOCK_A)
     a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
     if BLOCK_B:
-        b = modulate(b, inverse_rms, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
+        b = modulate(b, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
         b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, dtype, BLOCK_B, HADAMARD_DTYPE)
-    x_scale = scale_of(absmax_of_parts(a, b, BLOCK_A, BLOCK_B))
-    tl.store(x_scale_ptr + m, x_scale)
-    store_codes(xq_ptr + m * K, a, x_scale, 0, K, BLOCK_A)
+    code_scale = scale_of(absmax_of_parts(a, b, BLOCK_A, BLOCK_B))
+    tl.store(x_scale_ptr + m, code_scale * inverse_root(square_sum / K + eps))
+    store_codes(xq_ptr + m * K, a, code_scale, 0, K, BLOCK_A)
     if BLOCK_B:
-        store_codes(xq_ptr + m * K, b, x_scale, BLOCK_A, K, BLOCK_B)
+        store_codes(xq_ptr + m * K, b, code_scale, BLOCK_A, K, BLOCK_B)
 
 
 @triton.jit
@@ -104,13 +104,9 @@ def inverse_root(x):
 
 
 @triton.jit
-def modulate(x, inverse_rms, weight_ptr, scale_ptr, start, K, BLOCK: tl.constexpr):
-    """x[BLOCK] * inverse_rms * weight * scale, the scale optional.
-
-    The factors are the same for all tokens of a sample and come from the L1 cache: kept in registers from the start,
-    they would take those of further programs.
-    """
-    x = x * inverse_rms * load_features(weight_ptr, start, K, BLOCK)
+def modulate(x, weight_ptr, scale_ptr, start, K, BLOCK: tl.constexpr):
+    """x[BLOCK] * weight * scale, the scale optional: the same factors for all tokens of a sample, in the L1 cache."""
+    x = x * load_features(weight_ptr, start, K, BLOCK)
     if scale_ptr is not None:
         x *= load_features(scale_ptr, start, K, BLOCK)
     return x

@@ -193,8 +193,9 @@ def deeper(folder, layers: int = 4, floats: tuple[str, ...] = ()):
     return small.save(folder / "deeper.safetensors", small.int8_native(state_dict, modules=modules))
 
 
-def test_blocks_share_their_code(comfy_host, tmp_path, backend):
-    model = quantized.load(deeper(tmp_path))
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_blocks_share_their_code(comfy_host, tmp_path, backend, mode):
+    model = quantized.load(deeper(tmp_path), mode)
     quantized.output(comfy_host, compiled(model, backend))
     assert (backend.compiled, backend.calls) == (1, 4)
     quantized.output(comfy_host, compiled(model, backend))  # the node run once more
@@ -259,7 +260,8 @@ def test_lora(comfy_host, model, backend, order):
     assert quantized.relative(with_lora, plain) > 0.01
     base = compiled(model, backend)
     patched = add(base) if order == "compile_first" else compiled(add(model), backend)
-    for patcher, expected in ((base, plain), (patched, with_lora), (base, plain), (patched, with_lora)):
+    twice = ((base, plain), (patched, with_lora), (patched, with_lora))
+    for patcher, expected in (*twice, *twice):
         assert quantized.relative(quantized.output(comfy_host, patcher), expected) < 1e-5
         assert backend.take_calls() == LAYERS
     stronger = quantized.output(comfy_host, add(model, 1.4))

@@ -64,13 +64,20 @@ def test_what_computes_each_op_and_why(report_of, tmp_path):
 
 
 def test_refusals_are_shown(report_of, tmp_path, monkeypatch):
-    from lowbit.kernels.int8_linear import torch_impl
+    from lowbit.kernels.int8_linear import torch_impl, triton_impl
 
+    monkeypatch.setattr(triton_impl, "supports", lambda call: f"refuses K={call.K}")
     monkeypatch.setattr(torch_impl, "supports", lambda call: f"refuses N={call.N}")
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4()))
-    assert "int8_linear: plain PyTorch (not PyTorch's INT8 product refuses N=768)" in report_of(
-        path, compute_mode="int8"
-    )
+    expected = "int8_linear: plain PyTorch (not Triton refuses K=256; not PyTorch's INT8 product refuses N=768)"
+    assert expected in report_of(path, compute_mode="int8")
+
+
+def test_fused_blocks_are_counted(report_of, tmp_path):
+    path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4()))
+    assert "Fused blocks: 2 of 2" in report_of(path, compute_mode="int8")
+    exact = report_of(path, compute_mode="exact")
+    assert "Fused blocks: 0 of 2" in exact and "2 not fused: none of its layers computes in int8" in exact
 
 
 def test_a_stock_model_and_one_with_a_lora(comfy_host, report_of, tmp_path):
