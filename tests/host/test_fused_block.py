@@ -56,3 +56,113 @@ def test_fused_blocks_give_what_the_hosts_blocks_give(comfy_host, fused, tmp_pat
     } | ({"gated_residual_norm_quantize": layers} if shared else {})
     assert quantized.relative(actual, expected) < CLOSE
     assert fused.report(model) == [f"Fused blocks: {layers} of {layers}"]
+
+
+def test_protected_layers_read_floats(comfy_host, fused, tmp_path, monkeypatch):
+    floats = small.ideogram4()
+    modules = [name for name in small.block_linears(floats) if not name.endswith(("w2", "qkv"))]
+    path = small.save(tmp_path / "int8.safetensors", small.int8_native(floats, modules=modules))
+    model = quantized.load(path, "int8")
+    expected = quantized.output(comfy_host, unfused_clone(model))
+    counts = calls(monkeypatch, fused)
+    assert quantized.relative(quantized.output(comfy_host, model), expected) < CLOSE
+    assert counts == {"gated_residual_norm_quantize": 2, "gated_residual": 2}
+
+
+def test_w1_and_w3_with_different_quantizers_read_codes_of_their_own(comfy_host, fused, tmp_path):
+    floats = small.ideogram4()
+    stored = small.int8_native(floats, convrot=True)
+    plain = small.int8_native(floats)
+    for name in ("layers.0.feed_forward.w3", "layers.1.feed_forward.w1"):
+        stored |= {key: value for key, value in plain.items() if key.startswith(f"{name}.")}
+    model = quantized.load(small.save(tmp_path / "mixed.safetensors", stored), "int8")
+    expected = quantized.output(comfy_host, unfused_clone(model))
+    assert quantized.relative(quantized.output(comfy_host, model), expected) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_patched_layers_read_floats(comfy_host, fused, tmp_path, kind):
+    """The effect of a LoRA on the fused model is the one on the host's blocks, and gone when it is removed."""
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    before = quantized.output(comfy_host, model)
+    patched = quantized.add_lora(comfy_host, model, quantized.lora(kind))
+    expected = quantized.output(comfy_host, unfused_clone(patched))
+    actual = quantized.output(comfy_host, patched)
+    assert quantized.relative(actual, before) > 2 * CLOSE
+    assert quantized.relative(actual, expected) < CLOSE
+    assert torch.equal(quantized.output(comfy_host, model), before)
+
+
+@pytest.mark.parametrize("name", ["attention.qkv", "feed_forward.w2", "feed_forward", "ffn_norm1"])
+@pytest.mark.parametrize("change", ["hook", "pre_hook", "forward"])
+def test_a_changed_module_sees_what_it_sees_in_the_hosts_block(comfy_host, fused, tmp_path, name, change):
+    """Hooks and replaced forwards of other packs get tensors, and their results count."""
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    plain = quantized.output(comfy_host, model)
+    module = model.model.diffusion_model.layers[1].get_submodule(name)
+    seen = []
+
+    def look(value):
+        seen.append(value)
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    if change == "hook":
+        module.register_forward_hook(lambda module, args, y: y.flip(-1) * (look(args[0]).numel() > 0))
+    elif change == "pre_hook":
+        module.register_forward_pre_hook(lambda module, args: (look(args[0]).flip(-1), *args[1:]))
+    else:
+        original = module.forward
+        module.forward = lambda x, *args, **kwargs: original(look(x), *args, **kwargs).flip(-1)
+    changed = quantized.output(comfy_host, model)
+    expected = quantized.output(comfy_host, unfused_clone(model))
+    assert quantized.relative(changed, plain) > 2 * CLOSE
+    assert quantized.relative(changed, expected) < CLOSE
+    reasons = fused.report(model)
+    assert reasons[0] == "Fused blocks: 1 of 2" and reasons[1].startswith("  1 not fused: ")
+    assert seen
+
+
+def test_a_patch_of_another_pack_on_the_block_wins(comfy_host, fused, tmp_path):
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    patched = model.clone()
+    block = model.model.diffusion_model.layers[0]
+    patched.add_object_patch(
+        "diffusion_model.layers.0.forward",
+        lambda x, *args, **kwargs: 10 * type(block).forward(block, x, *args, **kwargs),
+    )
+    assert quantized.relative(quantized.output(comfy_host, patched), quantized.output(comfy_host, model)) > 2 * CLOSE
+    assert fused.report(patched) == ["Fused blocks: 1 of 2", "  1 not fused: another pack has patched the block"]
+
+
+def test_models_that_cannot_be_fused_are_left_alone(comfy_host, fused, tmp_path, monkeypatch):
+    path = quantized.write(tmp_path, "int8")
+    assert not quantized.load(path, "exact").object_patches
+    monkeypatch.setattr(fused, "KNOWN_FINGERPRINT", "another")
+    newer = quantized.load(path, "int8")
+    assert not newer.object_patches
+    assert fused.report(newer)[1] == "  2 not fused: this ComfyUI's block is not one that this version of Lowbit knows"
+
+
+def test_a_clone_with_modules_of_its_own_runs_them(comfy_host, fused, tmp_path):
+    """As the host clones for hooks and for further GPUs: not the source's weights."""
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    other = quantized.load(quantized.write(tmp_path, "int8", seed=1), "int8")
+    expected = quantized.output(comfy_host, other)
+    clone = model.clone(model_override=other.get_clone_model_override())
+    assert torch.equal(quantized.output(comfy_host, clone), expected)
+    assert all(patch.block is not model.model.diffusion_model.layers[0] for patch in blocks_of(clone))
+
+
+def blocks_of(model) -> list:
+    return [patch for key, patch in model.object_patches.items() if key.endswith("layers.0.forward")]
+
+
+def test_gradients_take_the_hosts_block(comfy_host, fused, tmp_path):
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    comfy_host.comfy.model_management.load_models_gpu([model])
+    layer = model.model.diffusion_model.layers[0].feed_forward.w1
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.randn(1, 20, 256, device=model.load_device, requires_grad=True)
+        layer(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
