@@ -13,6 +13,7 @@ from comfy.quant_ops import QuantizedTensor
 from ..formats import GgmlWeight, Int8Weight
 from ..kernels import int8_linear, quantize_per_token, unpack, unpack_int8, unpack_to_int8
 from ..kernels.dispatch import Op
+from ..kernels.quantized_linear import row_rotation_group
 from . import fused_block, layouts
 from .ops import LowbitLinear
 
@@ -150,9 +151,11 @@ def _calls(weight, mode: str, device: torch.device) -> list[tuple[Op, object]]:
         blocks = tensor(*weight.data.shape, dtype=torch.uint8)
         if mode == "exact":
             return [(unpack.OP, unpack.UnpackCall(blocks, weight.ggml_type, torch.bfloat16))]
-        calls.append((unpack_to_int8.OP, unpack_to_int8.UnpackToInt8Call(blocks, weight.ggml_type, None)))
+        smooth, group = None, row_rotation_group(weight)
+        calls.append((unpack_to_int8.OP, unpack_to_int8.UnpackToInt8Call(blocks, weight.ggml_type, None, group)))
+    else:
+        smooth, group = weight.smooth, weight.rotation_group
     tokens = tensor(TOKENS, K, dtype=torch.bfloat16)
-    smooth, group = (weight.smooth, weight.rotation_group) if isinstance(weight, Int8Weight) else (None, 0)
     calls.append((quantize_per_token.OP, quantize_per_token.QuantizePerTokenCall(tokens, smooth, group)))
     product = int8_linear.Int8LinearCall(
         tensor(TOKENS, K, dtype=torch.int8),

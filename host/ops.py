@@ -205,7 +205,8 @@ class LowbitLinear:
         if isinstance(weight, Int8Weight):
             wq, w_scale = weight.data, weight.scale
         else:
-            wq, w_scale = unpack_to_int8(weight.data, weight.ggml_type, self._row_scale_of(weight))
+            rotation_group = quantized_linear.row_rotation_group(weight)
+            wq, w_scale = unpack_to_int8(weight.data, weight.ggml_type, self._row_scale_of(weight), rotation_group)
         return int8_linear(xq, x_scale, wq, w_scale, bias, x.dtype, self.lowbit_settings.tune)
 
     @property
@@ -229,7 +230,7 @@ class LowbitLinear:
     def _quantizer(self, device: torch.device) -> Quantizer:
         weight = layouts.from_host(self.weight)
         if not isinstance(weight, Int8Weight):
-            return Quantizer(None, 0)
+            return Quantizer(None, quantized_linear.row_rotation_group(weight))
         if weight.smooth is not None and (self._smooth is None or self._smooth.device != device):
             self._smooth = weight.smooth.to(device)  # the weight itself may lie elsewhere until it is used
         return Quantizer(self._smooth, weight.rotation_group)
@@ -239,7 +240,8 @@ class LowbitLinear:
         if self.weight_lowvram_function is not None:
             return None
         if self._row_scale is None or self._row_scale.device != weight.data.device:
-            self._row_scale = unpack_to_int8(weight.data, weight.ggml_type)[1]
+            rotation_group = quantized_linear.row_rotation_group(weight)
+            self._row_scale = unpack_to_int8(weight.data, weight.ggml_type, None, rotation_group)[1]
         return self._row_scale
 
     def register_parameter(self, name, param):

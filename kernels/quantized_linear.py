@@ -9,7 +9,11 @@ per token and uses the INT8 product. Which calls INT8 pays for:
 | at most 16 tokens, GGML weight | `exact` | the same |
 | 17 tokens and more | the mode asked for | INT8 units have at least twice the rate of bf16 |
 | `auto`, INT8 weight | `int8` with the Triton kernels, else `exact` | else quantizing costs more than it saves |
-| `auto`, GGML weight | `exact` | |
+| `auto`, GGML weight of less than 6 bits | `int8` with the Triton kernels, else `exact` | the same |
+| `auto`, GGML weight of more bits (Q6_K, Q8_0) | `exact` | quantized activations would cost more than these lose |
+
+The rows of a GGML weight are rotated on their way to INT8 where K allows it, and the activations with them: outlier
+channels would cost several times the error otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import functools
 
 import torch
 
-from ..formats import GgmlWeight, Int8Weight, QuantizedWeight
+from ..formats import GgmlWeight, Int8Weight, QuantizedWeight, ggml
 from ..formats.int8 import rotate
 from . import weight_only_int8_linear as weight_only
 from .capability import triton_refusal
@@ -30,11 +34,21 @@ from .unpack_int8 import unpack_int8
 from .unpack_to_int8 import unpack_to_int8
 
 SMALL_M = weight_only.LARGEST_M
+SMALLEST_EXACT_BITS = 6
+ROTATION_GROUP = 256
 
 
 def fastest_mode(weight: QuantizedWeight, device: torch.device) -> str:
     """The compute mode that `auto` stands for: see the table above."""
-    return "int8" if isinstance(weight, Int8Weight) and has_fused_kernels(device) else "exact"
+    coarse = isinstance(weight, Int8Weight) or (
+        isinstance(weight, GgmlWeight) and ggml.TYPES[weight.ggml_type].bits_per_weight < SMALLEST_EXACT_BITS
+    )
+    return "int8" if coarse and has_fused_kernels(device) else "exact"
+
+
+def row_rotation_group(weight: GgmlWeight) -> int:
+    """The Hadamard group by which the rows of a GGML weight are rotated on their way to INT8; 0 for none."""
+    return 0 if weight.shape[-1] % ROTATION_GROUP else ROTATION_GROUP
 
 
 @functools.cache
@@ -77,11 +91,12 @@ def ggml_weight_linear(
 ) -> torch.Tensor:
     """y[..., N] = x[..., K] @ w[N, K].T + bias for a GGML weight; mode is `exact` or `int8`. Returns x's dtype.
 
-    row_scale: float32 [N, 1] that `unpack_to_int8` found for this weight before, or None to find it in this call. tune:
-    whether the product may measure its configurations at the first call of a shape.
+    row_scale: float32 [N, 1] that `unpack_to_int8` found for this weight before, rotated by `row_rotation_group`, or None
+    to find it in this call. tune: whether the product may measure its configurations at the first call of a shape.
     """
     if not wants_int8(x, mode):
         return torch.nn.functional.linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)
-    wq, row_scale = unpack_to_int8(weight.data, weight.ggml_type, row_scale)
-    xq, x_scale = quantize_per_token(x)
+    rotation_group = row_rotation_group(weight)
+    wq, row_scale = unpack_to_int8(weight.data, weight.ggml_type, row_scale, rotation_group)
+    xq, x_scale = quantize_per_token(x, None, rotation_group)
     return int8_linear(xq, x_scale, wq, row_scale, bias, x.dtype, tune)

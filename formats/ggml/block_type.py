@@ -36,6 +36,10 @@ class GgmlType:
         return self.quantize_blocks is not None
 
     @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.type_size / self.block_size
+
+    @property
     def format_name(self) -> str:
         return FORMAT_PREFIX + self.name.lower()
 

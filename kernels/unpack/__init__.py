@@ -7,7 +7,7 @@ import torch
 from ...formats import ggml
 from ..dispatch import Op, custom_op
 
-OP = Op(__name__, ("reference",))
+OP = Op(__name__, ("triton_impl", "reference"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""w[e] = the C library's float32 of element e of GGML blocks, rounded once to the dtype wanted: one pass over the bytes.
+"""w = the C library's float32 values of GGML blocks, rounded once to the dtype wanted: one pass over the bytes.
 
 One template serves every type; a type brings a decoder. The blocks of a weight lie one after another, so rows do not
 matter here: a program decodes a few tiles of UNITS units. A unit is what one row of a tile covers, PLANES runs of RUN
@@ -6,11 +6,12 @@ elements each, SPLIT units side by side:
 
     element of (unit, plane, i) = (unit // SPLIT * PLANES + plane) * SPLIT * RUN + unit % SPLIT * RUN + i
 
-The units of a block share no bits of its codes except where a type packs them so, and a decoder returns all planes of
-a unit at once: bytes are loaded once. A tile has as many units as let each thread store 16 bytes at a time.
+Codes that share a byte lie in different planes of a unit. A decoder returns all planes at once, so it loads the bytes
+of the codes once, as wide as the type's size allows. A tile has as many units as let each thread store 16 bytes at a
+time, and a thread decodes as many tiles as make STORES of them.
 
-float16 scale times block scale times code has at most 24 significant bits in every type, hence that product is exact,
-and a fused multiply-add rounds where the C library's separate steps do.
+The product of a float16 scale, a block scale and a code has at most 24 significant bits in every type. So it is exact,
+and a fused multiply-add gives what the C library's product and sum do.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_WARPS = 4
-TILES = 2
+STORES = 4  # of 16 bytes, by one thread
 
 
 def supports(call: UnpackCall) -> str | None:
@@ -54,17 +55,17 @@ def run(call: UnpackCall) -> torch.Tensor:
     shape = (blocks.shape[0], ggml.logical_K(call.ggml_type, blocks.shape[1]))
     w = torch.empty(shape, dtype=dtype, device=blocks.device)
     if w.numel():
-        launch(blocks, call.ggml_type, w, TILES, NUM_WARPS)
+        launch(blocks, call.ggml_type, w, STORES, NUM_WARPS)
     return w.to(call.dtype)
 
 
-def launch(blocks: torch.Tensor, ggml_type: str, w: torch.Tensor, tiles: int, num_warps: int) -> None:
+def launch(blocks: torch.Tensor, ggml_type: str, w: torch.Tensor, stores: int, num_warps: int) -> None:
     decoder = DECODERS[ggml_type]
     units = w.numel() // decoder.unit_elements
-    tile_units = decoder.tile_units(w.element_size(), num_warps)
+    tile = decoder.tile(w.element_size(), stores, num_warps)
     with torch.cuda.device_of(w):
-        _unpack_kernel[(triton.cdiv(units, tile_units * tiles),)](
-            blocks, w, units, UNITS=tile_units, TILES=tiles, num_warps=num_warps, **decoder.constants(ggml_type)
+        _unpack_kernel[(triton.cdiv(units, tile["UNITS"] * tile["TILES"]),)](
+            blocks, w, units, num_warps=num_warps, **tile, **decoder.constants(ggml_type)
         )
 
 
@@ -91,9 +92,9 @@ class Decoder(NamedTuple):
     def unit_elements(self) -> int:
         return self.run * self.planes
 
-    def tile_units(self, element_size: int, num_warps: int) -> int:
-        """The units of a tile that gives each thread 16 bytes of a plane to store."""
-        return 16 // element_size * 32 * num_warps // self.run
+    def tile(self, element_size: int, stores: int, num_warps: int) -> dict:
+        """Tiles whose units give each thread 16 bytes of a plane to store, and as many of them as make `stores`."""
+        return {"UNITS": 16 // element_size * 32 * num_warps // self.run, "TILES": max(1, stores // self.planes)}
 
     def constants(self, ggml_type: str) -> dict:
         """What a kernel has to know of the type."""
@@ -260,31 +261,24 @@ def _byte_of(words, BYTE: tl.constexpr):
 
 
 @triton.jit
-def _nibbles_in_place(word, SHIFT: tl.constexpr):
-    """Bits SHIFT ... SHIFT + 3 as the float32 q * 2**SHIFT: set into the last bits of 2**23, which is taken off.
+def _nibble_at(words, SHIFT: tl.constexpr):
+    """Bits SHIFT ... SHIFT + 3 as float32: put into the mantissa of 2**(23 - SHIFT), where bit SHIFT counts 1.
 
-    The 2**23 comes from a register, so that one instruction masks and sets; of two constants it would take two.
+    That power comes from a register: the compiler masks and sets in one instruction then, with two constants in two.
     """
-    two_to_23 = tl.num_programs(2) * 0x4B000000
-    return ((word & (15 << SHIFT)) | two_to_23).to(tl.float32, bitcast=True) - 8388608.0
+    power = tl.num_programs(2) * ((150 - SHIFT) << 23)
+    return ((words & (15 << SHIFT)) | power).to(tl.float32, bitcast=True) - float(1 << (23 - SHIFT))
 
 
 @triton.jit
-def _q4_k_plane(word, sc, m, d, dmin, PLANE: tl.constexpr):
-    """word: uint32 [UNITS, 8], the codes of planes 0 and 1 or 2 and 3 -> float32 [UNITS, 32]."""
-    SHIFT: tl.constexpr = 4 * (PLANE % 2)
-    scale = d * _byte_of(sc, PLANE) * (1.0 / (1 << SHIFT))
-    minimum = -dmin * _byte_of(m, PLANE)
-    upper = word >> 16
-    bytes_02 = tl.join(
-        tl.fma(_nibbles_in_place(word, SHIFT), scale, minimum), tl.fma(_nibbles_in_place(upper, SHIFT), scale, minimum)
-    )
-    scale *= 1.0 / 256
-    bytes_13 = tl.join(
-        tl.fma(_nibbles_in_place(word, SHIFT + 8), scale, minimum),
-        tl.fma(_nibbles_in_place(upper, SHIFT + 8), scale, minimum),
-    )
-    return tl.reshape(tl.join(bytes_02, bytes_13), (word.shape[0], 32))
+def _q4_k_plane(words, sc, m, d, dmin, PLANE: tl.constexpr):
+    """words: uint32 [UNITS, 8] with the codes of this plane and of a neighbour -> float32 [UNITS, 32]."""
+    shift: tl.constexpr = 4 * (PLANE % 2)
+    upper = words >> 16
+    bytes_02 = tl.join(_nibble_at(words, shift), _nibble_at(upper, shift))
+    bytes_13 = tl.join(_nibble_at(words, shift + 8), _nibble_at(upper, shift + 8))
+    codes = tl.reshape(tl.join(bytes_02, bytes_13), (words.shape[0], 32))
+    return tl.fma(codes, d * _byte_of(sc, PLANE), -dmin * _byte_of(m, PLANE))
 
 
 @triton.jit
@@ -358,19 +352,27 @@ def _look_up(code):
 
 
 @triton.jit
+def _table_values(nibbles_ptr):
+    """The values of the low and of the high nibbles."""
+    # A zero that the compiler does not know of keeps it from packing pairs of codes, which costs the look-up a fifth.
+    nibbles = _bytes(nibbles_ptr) | (tl.num_programs(2) - 1)
+    return _look_up(nibbles & 15), _look_up(nibbles >> 4)
+
+
+@triton.jit
 def _iq4_nl(block, unit, i):
     scale = _float16(block)
-    nibbles = _bytes(block + 2 + i)
-    return _look_up(nibbles & 15) * scale, _look_up(nibbles >> 4) * scale
+    low, high = _table_values(block + 2 + i)
+    return low * scale, high * scale
 
 
 @triton.jit
 def _iq4_xs(block, unit, i):
-    high = tl.load((block + 2).to(tl.pointer_type(tl.uint16))).to(tl.int32) >> (2 * unit)
-    low = _bytes(block + 4 + unit // 2) >> (4 * (unit % 2))
-    scale = _float16(block) * (((low & 15) | ((high & 3) << 4)).to(tl.float32) - 32.0)
-    nibbles = _bytes(block + 8 + 16 * unit + i)
-    return _look_up(nibbles & 15) * scale, _look_up(nibbles >> 4) * scale
+    six_high = tl.load((block + 2).to(tl.pointer_type(tl.uint16))).to(tl.int32) >> (2 * unit)
+    six_low = _bytes(block + 4 + unit // 2) >> (4 * (unit % 2))
+    scale = _float16(block) * (((six_low & 15) | ((six_high & 3) << 4)).to(tl.float32) - 32.0)
+    low, high = _table_values(block + 8 + 16 * unit + i)
+    return low * scale, high * scale
 
 
 DECODERS = {

@@ -1,4 +1,9 @@
-"""wq = clamp(round(w / row_scale), -127, 127) with w in float32, a chunk of rows at a time to bound the temporaries."""
+"""wq = clamp(round(w * (1 / row_scale)), -127, 127) with w in float32, rotated or not; a chunk of rows at a time to
+bound the temporaries.
+
+One division a row, not one a value: a kernel that multiplies by the same reciprocal gives the same codes, for a tenth
+of the instructions that a division of float32 takes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import torch
 
 from ...formats import ggml
 from ...formats.chunks import row_chunks
-from ...formats.int8 import symmetric_scale
+from ...formats.int8 import rotate, symmetric_scale
 
 if TYPE_CHECKING:
     from . import UnpackToInt8Call
@@ -27,7 +32,11 @@ def run(call: UnpackToInt8Call) -> tuple[torch.Tensor, torch.Tensor]:
         row_scale = torch.empty((N, 1), dtype=torch.float32, device=call.blocks.device)
     for chunk in row_chunks(N, K, call.blocks.device):
         w = ggml.dequantize(call.blocks[chunk], call.ggml_type)
+        if call.rotation_group:
+            w = rotate(w, call.rotation_group)
         if call.row_scale is None:
             row_scale[chunk] = symmetric_scale(w.abs().amax(dim=1, keepdim=True))
-        wq[chunk] = (w / row_scale[chunk]).round_().clamp_(-127, 127).to(torch.int8)
+        # The cast of a NaN to int8 is undefined: zero it, the scale already carries it.
+        codes = (w * row_scale[chunk].reciprocal()).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
+        wq[chunk] = codes.to(torch.int8)
     return wq, row_scale

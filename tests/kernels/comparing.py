@@ -4,9 +4,12 @@ import importlib
 
 import pytest
 import torch
+from lowbit.formats.int8 import rotate
 from lowbit.kernels.capability import interpreted
 from lowbit.kernels.dispatch import use_implementation
-from lowbit.kernels.quantize_per_token import quantize_per_token
+
+# For every step of a loop that it runs.
+INTERPRETER_WARNING = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
 
 
 def by(implementation, function, *arguments, **options):
@@ -24,18 +27,6 @@ def by(implementation, function, *arguments, **options):
                 raise
             reason = str(error)
     pytest.skip(reason)
-
-
-def expected_codes(implementation, values, smooth, rotation_group, dtype):
-    """The quantizer's own definition on float32 values, for an op that quantizes what it has computed of inputs of this
-    dtype: smoothed, and rounded to the dtype if they are rotated."""
-    values = values if smooth is None else values * smooth
-    if not rotation_group:
-        return by("reference", quantize_per_token, values)
-    if implementation == "triton_impl" and interpreted() and dtype == torch.bfloat16:
-        # The interpreter cuts a float32 off to bfloat16 where a device rounds it.
-        values = (values.view(torch.int32) & -65536).view(torch.float32)
-    return by("reference", quantize_per_token, values.to(dtype), None, rotation_group)
 
 
 def assert_grids_fit(monkeypatch, op, call):
@@ -78,19 +69,55 @@ def assert_same_codes(actual, expected):
     assert not actual[0][~finite.squeeze(-1)].any()
 
 
-def assert_nearly_the_same_codes(actual, expected):
+def assert_nearly_the_same_codes(actual, expected, rotated=None):
     """(xq, x_scale) whose values were computed in another order: scales within 8 float32 eps, and at most one code in a
-    thousand (or a single one) differs, by 1, where a value lies between two codes."""
+    thousand (or a single one) differs, by 1, where a value lies between two codes.
+
+    rotated: the dtype that values were rounded to before they were rotated. The rotation carries 16 bits, and a value
+    between two of that dtype moves its whole group a little: scales may differ by the larger of the two. The
+    interpreter cuts a float32 off to bfloat16 where a device rounds it, hence any number of codes is off by 1 there.
+    """
     _assert_same_form(actual, expected)
     finite = expected[1].isfinite()
     assert torch.equal(actual[1].isfinite(), finite)
-    eps = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(actual[1][finite], expected[1][finite], rtol=8 * eps, atol=0)
+    rtol = 8 * torch.finfo(torch.float32).eps if rotated is None else max(2**-16, torch.finfo(rotated).eps)
+    torch.testing.assert_close(actual[1][finite], expected[1][finite], rtol=rtol, atol=0)
     off = (actual[0].int() - expected[0].int()).abs()
     differing = int((off != 0).sum())
     assert off.numel() == 0 or int(off.max()) <= 1, f"a code is off by {int(off.max())}"
-    assert differing <= max(1, 1e-3 * off.numel()), f"{differing} of {off.numel()} codes differ"
+    if not (rotated == torch.bfloat16 and interpreted()):
+        assert differing <= max(1, 1e-3 * off.numel()), f"{differing} of {off.numel()} codes differ"
     assert not actual[0][~finite.squeeze(-1)].any()
+
+
+def assert_codes_of(codes, values, smooth=None, rotation_group=0):
+    """That (xq, x_scale) are float32 values, smoothed and rotated, to within half a step, the largest at +-127."""
+    xq, x_scale = codes[0].double(), codes[1].double()
+    values = values.double() if smooth is None else values.double() * smooth.double()
+    values = rotate(values, rotation_group) if rotation_group else values
+    off = ((xq * x_scale - values).abs() / x_scale).max()
+    assert float(off) <= 0.501, f"a value is {float(off)} steps from its code"
+    assert (xq.abs().amax(-1) == 127).all()
+
+
+def listening_block(comfy_host, device, eps=1e-5):
+    """A small transformer block of the host whose attention and FFN return what they are given, and the list of
+    that."""
+    ideogram4 = comfy_host.module("comfy.ldm.ideogram4.model")
+    operations = comfy_host.module("comfy.ops").disable_weight_init
+    block = ideogram4.Ideogram4TransformerBlock(256, 512, 2, eps, 64, torch.bfloat16, device, operations)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in block.parameters():
+        parameter.data = torch.rand(parameter.shape, generator=generator).to(device, torch.bfloat16) * 0.5 + 0.2
+    heard = []
+
+    class Ear(torch.nn.Module):
+        def forward(self, x, *arguments, **options):
+            heard.append(x)
+            return x
+
+    block.attention, block.feed_forward = Ear(), Ear()
+    return block, heard
 
 
 def _assert_same_form(actual, expected):

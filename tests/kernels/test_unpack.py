@@ -1,49 +1,104 @@
-"""Both unpacking ops on blocks made by the C library, and the linear composed of them."""
+"""Unpacking blocks made by the C library and random ones, and the linear composed of the unpacking ops."""
 
 import pathlib
 
 import numpy
 import pytest
 import torch
-from lowbit.formats import GgmlWeight, Int8Weight, chunks, ggml, int8
+from lowbit.formats import GgmlWeight, Int8Weight, ggml, int8
+from lowbit.kernels import unpack as op
+from lowbit.kernels.dispatch import use_implementation
 from lowbit.kernels.quantized_linear import SMALL_M, ggml_weight_linear, int8_weight_linear
 from lowbit.kernels.unpack import unpack
 from lowbit.kernels.unpack_int8 import unpack_int8
 from lowbit.kernels.unpack_to_int8 import unpack_to_int8
+from lowbit.tests.kernels.comparing import INTERPRETER_WARNING, assert_grids_fit, by
+
+# NaN and infinite scales are meant.
+pytestmark = pytest.mark.filterwarnings(INTERPRETER_WARNING, "ignore:invalid value encountered:RuntimeWarning")
 
 GOLDEN = numpy.load(pathlib.Path(__file__).parents[1] / "golden" / "ggml_blocks.npz")
 TYPES = sorted(key.removesuffix("_bytes") for key in GOLDEN if key.endswith("_bytes"))
+# Some of every kind: heavy tails, outlier columns, zeros, constants, ramps, tiny and large values.
+ROWS = slice(30, 59)
 
 
 def golden(ggml_type, device):
     return (torch.from_numpy(GOLDEN[f"{ggml_type}_{kind}"]).to(device) for kind in ("bytes", "values"))
 
 
+def random_blocks(ggml_type, device, rows=29, blocks=3):
+    """Random bytes, hence every code and block scale, and float16 scales that are NaN or infinite among them."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (rows, blocks * ggml.TYPES[ggml_type].type_size)
+    return torch.randint(0, 256, shape, generator=generator).to(torch.uint8).to(device)
+
+
+def assert_same_floats(actual, expected):
+    """Equal with NaNs in the same places."""
+    assert actual.dtype == expected.dtype and torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ggml_type", TYPES)
-def test_unpack_is_the_c_librarys_floats_rounded_once(ggml_type, dtype, device, poison_empty):
+@pytest.mark.parametrize("implementation", op.OP.implementations)
+def test_unpack_is_the_c_librarys_floats_rounded_once(implementation, ggml_type, dtype, device, poison_empty):
     blocks, values = golden(ggml_type, device)
-    unpacked = unpack(blocks, ggml_type, dtype)
-    assert unpacked.dtype == dtype and torch.equal(unpacked, values.to(dtype))
+    unpacked = by(implementation, unpack, blocks[ROWS], ggml_type, dtype)
+    assert unpacked.dtype == dtype and torch.equal(unpacked, values[ROWS].to(dtype))
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)
-def test_int8_rows_are_the_rounded_values(ggml_type, device, poison_empty):
-    blocks, values = golden(ggml_type, device)
-    wq, row_scale = unpack_to_int8(blocks, ggml_type)
-    scale = (values.abs().amax(1, keepdim=True).cpu() / 127).clamp(min=1e-30).to(device)
-    assert torch.equal(row_scale, scale) and wq.dtype == torch.int8
-    assert torch.equal(wq, (values / scale).round().clamp(-127, 127).to(torch.int8))
-    again, kept = unpack_to_int8(blocks, ggml_type, row_scale)
-    assert torch.equal(again, wq) and kept is row_scale
+def test_random_bytes_are_unpacked_alike(ggml_type, device, poison_empty):
+    """Rows that end within a tile, NaN and infinite scales, every value of the packed scales."""
+    blocks = random_blocks(ggml_type, device)
+    expected = by("reference", unpack, blocks, ggml_type, torch.float32)
+    assert 0 < int((~expected.isfinite()).sum()) < expected.numel()
+    assert_same_floats(by("triton_impl", unpack, blocks, ggml_type, torch.float32), expected)
 
 
-def test_unpack_to_int8_in_chunks_is_the_same(device, monkeypatch):
-    blocks, _ = golden("Q4_K", device)
-    whole = unpack_to_int8(blocks, "Q4_K")
-    monkeypatch.setattr(chunks, "chunk_elements", lambda device: 768 * 7)
-    for chunked, expected in zip(unpack_to_int8(blocks, "Q4_K"), whole, strict=True):
-        assert torch.equal(chunked, expected)
+@pytest.mark.parametrize("rows, blocks", [(1, 1), (3, 1), (1, 67), (65, 2), (0, 2)])
+@pytest.mark.parametrize("ggml_type", ["Q8_0", "Q4_K", "Q6_K"])
+def test_any_number_of_blocks(ggml_type, rows, blocks, device, poison_empty):
+    blocks = random_blocks(ggml_type, device, rows, blocks)
+    expected = by("reference", unpack, blocks, ggml_type, torch.bfloat16)
+    assert_same_floats(by("triton_impl", unpack, blocks, ggml_type, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("ggml_type", ["Q8_0", "Q4_K"])
+@pytest.mark.parametrize("implementation", op.OP.implementations)
+def test_blocks_may_lie_anyhow(implementation, ggml_type, device, poison_empty):
+    blocks, values = (tensor[:9] for tensor in golden(ggml_type, device))
+    at_odd_address = torch.cat((blocks.new_zeros(1), blocks.flatten()))[1:].view(blocks.shape)
+    every_other_row = torch.stack((blocks, blocks), dim=1)[:, 0]
+    transposed = blocks.t().contiguous().t()
+    batched = blocks.view(3, 3, -1)
+    assert at_odd_address.data_ptr() % 2 and not every_other_row.is_contiguous() and not transposed.is_contiguous()
+    for lying in (at_odd_address, every_other_row, transposed, batched):
+        unpacked = by(implementation, unpack, lying, ggml_type, torch.float32)
+        assert unpacked.shape == (*lying.shape[:-1], values.shape[1]) and torch.equal(unpacked.view_as(values), values)
+
+
+def test_what_triton_does_not_unpack_the_reference_does(device):
+    pytest.importorskip("triton")
+    blocks = torch.randn(4, 8, device=device, dtype=torch.float16).view(torch.uint8)
+    with use_implementation("triton_impl"):
+        refusals = [
+            op.OP.refusals(op.UnpackCall(blocks, ggml_type, dtype))["triton_impl"]
+            for ggml_type, dtype in (("F16", torch.float32), ("Q8_0", torch.float64))
+        ]
+    assert refusals[0].startswith("has no decoder for F16, only for Q4_0, ")
+    assert refusals[1] == "writes bf16, fp16 and fp32, not torch.float64"
+    assert torch.equal(unpack(blocks, "F16", torch.float32), blocks.view(torch.float16).float())
+
+
+@pytest.mark.parametrize("ggml_type", ["Q8_0", "Q4_K"])
+def test_the_largest_linears_grids_fit(ggml_type, monkeypatch):
+    pytest.importorskip("triton")
+    stored = ggml.TYPES[ggml_type]
+    blocks = torch.empty(4608, 53248 // stored.block_size * stored.type_size, dtype=torch.uint8, device="meta")
+    assert_grids_fit(monkeypatch, op, op.UnpackCall(blocks, ggml_type, torch.bfloat16))
 
 
 def test_what_does_not_fit_is_refused():
@@ -52,10 +107,6 @@ def test_what_does_not_fit_is_refused():
         unpack(blocks.view(torch.int8), "Q4_K", torch.float32)
     with pytest.raises(ValueError, match="a Q4_K row has a multiple of 144 bytes"):
         unpack(blocks[:, :143], "Q4_K", torch.float32)
-    with pytest.raises(ValueError, match="unpack_to_int8 needs uint8 blocks"):
-        unpack_to_int8(blocks[0], "Q4_K")
-    with pytest.raises(ValueError, match=r"row_scale must be \[4, 1\], got \(4,\)"):
-        unpack_to_int8(blocks, "Q4_K", torch.ones(4))
 
 
 # The composed linear
@@ -105,10 +156,13 @@ def test_quantized_ops_are_opaque_to_the_compiler(device):
     wq = torch.ops.lowbit.unpack_to_int8(blocks, "Q4_K", row_scale)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.lowbit.unpack, (blocks, "Q4_K", torch.bfloat16), test_utils=checks)
-    torch.library.opcheck(torch.ops.lowbit.unpack_to_int8, (blocks, "Q4_K", row_scale), test_utils=checks)
-    torch.library.opcheck(torch.ops.lowbit.unpack_to_int8_finding_scale, (blocks, "Q4_K"), test_utils=checks)
+    for rotation in ((), (256,)):
+        arguments = (blocks, "Q4_K", row_scale, *rotation)
+        torch.library.opcheck(torch.ops.lowbit.unpack_to_int8, arguments, test_utils=checks)
+        arguments = (blocks, "Q4_K", *rotation)
+        torch.library.opcheck(torch.ops.lowbit.unpack_to_int8_finding_scale, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.lowbit.quantize_per_token, (x, None, 256), test_utils=checks)
-    linear = (xq, x_scale, wq, row_scale, None, torch.bfloat16)
+    linear = (xq, x_scale, wq, row_scale, None, torch.bfloat16, False)
     torch.library.opcheck(torch.ops.lowbit.int8_linear, linear, test_utils=checks)
 
 
