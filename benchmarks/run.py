@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = {"lowbit": ROOT, "host_harness": ROOT / "tests" / "host_harness"}
 
 # In this order: importing ComfyUI, as the last one does, changes settings of the whole process.
-BENCHMARKS = ("int8_linear", "quantize", "block")
+BENCHMARKS = ("int8_linear", "quantize", "gguf_linear", "gguf_unpack", "block")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help="of the CSV files and the picture",
     )
+    parser.add_argument("--rounds", type=int, default=12, metavar="N", help="of which the median counts (12)")
     parser.add_argument("--quick", action="store_true", help="few rounds, and M=4352 alone unless --M says otherwise")
     parser.add_argument("--skip-tests", action="store_true", help="time without the tests; the files' names say so")
     options = parser.parse_args(arguments)
@@ -110,7 +111,9 @@ def measure(options: argparse.Namespace) -> int:
     print(f", comfy-kitchen {peers.comfy_kitchen_version()}")
     clock = timing.CudaClock()
     asked = timing.Options(
-        measure=timing.Measure(clock, rounds=3, warmup_ms=200.0) if options.quick else timing.Measure(clock),
+        measure=timing.Measure(clock, rounds=3, warmup_ms=200.0)
+        if options.quick
+        else timing.Measure(clock, rounds=options.rounds),
         device=torch.device("cuda"),
         tokens=options.M or (shapes.TOKENS[:1] if options.quick else None),
     )

@@ -91,8 +91,8 @@ def ggml_weight_linear(
 ) -> torch.Tensor:
     """y[..., N] = x[..., K] @ w[N, K].T + bias for a GGML weight; mode is `exact` or `int8`. Returns x's dtype.
 
-    row_scale: float32 [N, 1] that `unpack_to_int8` found for this weight before, rotated by `row_rotation_group`, or None
-    to find it in this call. tune: whether the product may measure its configurations at the first call of a shape.
+    row_scale: float32 [N, 1] that `unpack_to_int8` found for this weight before, rotated by `row_rotation_group`, or
+    None to find it in this call. tune: whether the product may measure its configurations at the first call of a shape.
     """
     if not wants_int8(x, mode):
         return torch.nn.functional.linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)

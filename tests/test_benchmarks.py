@@ -9,6 +9,8 @@ import pytest
 import torch
 from lowbit.benchmarks import (
     bench_block,
+    bench_gguf_linear,
+    bench_gguf_unpack,
     bench_int8_linear,
     bench_quantize,
     operands,
@@ -262,6 +264,26 @@ def test_quantize_yields_complete_rows(small):
     assert all(row["fraction_of_copy"] == 1 for row in rows if row["variant"] == "copy")
 
 
+def test_gguf_linear_yields_complete_rows(small):
+    rows = list(bench_gguf_linear.rows(small))
+    assert complete(bench_gguf_linear, rows)
+    modes = ("exact", "int8")
+    ours = {f"lowbit_{name}_{mode}" for name in ("q4_k", "q8_0") for mode in modes}
+    assert {row["variant"] for row in rows} == {"bf16", "torch_q4_k", "torch_q8_0"} | ours
+    error = {row["variant"]: row["error"] for row in rows}
+    assert error["torch_q8_0"] == pytest.approx(error["lowbit_q8_0_exact"], rel=0.01)
+    assert error["bf16"] < error["torch_q8_0"] < 1e-2 < error["torch_q4_k"] < 0.1
+    assert error["lowbit_q8_0_int8"] < 2e-2 and error["lowbit_q4_k_int8"] < 1.15 * error["torch_q4_k"]
+    assert bench_gguf_linear.COLUMNS == COLUMNS
+
+
+def test_gguf_unpack_yields_complete_rows(small):
+    rows = list(bench_gguf_unpack.rows(small))
+    assert complete(bench_gguf_unpack, rows)
+    variants = {row["variant"] for row in rows}
+    assert {"copy", "q4_k_to_bf16", "q4_k_to_int8", "q4_k_to_int8_rotated", "iq4_xs_to_bf16"} <= variants
+
+
 def test_the_block_yields_complete_rows(small, comfy_host):
     with torch.inference_mode():
         small = timing.Options(small.measure, comfy_host.comfy.model_management.get_torch_device(), small.tokens)
@@ -269,7 +291,7 @@ def test_the_block_yields_complete_rows(small, comfy_host):
     assert complete(bench_block, rows)
     error = {row["variant"]: row["error"] for row in rows}
     assert error["bf16"] < 1e-2
-    for variant in ("stock_int8_tensorwise", "lowbit_int8_unfused"):
+    for variant in ("stock_int8_tensorwise", "lowbit_int8_unfused", "lowbit_int8_fused_swiglu", "lowbit_int8_fused"):
         assert error["bf16"] < error[variant] < 4e-2
 
 
@@ -329,7 +351,9 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 def test_help_needs_no_gpu():
     result = command("--help")
     assert (
-        result.returncode == 0 and "--skip-tests" in result.stdout and "int8_linear, quantize, block" in result.stdout
+        result.returncode == 0
+        and "--skip-tests" in result.stdout
+        and "int8_linear, quantize, gguf_linear" in result.stdout
     )
 
 

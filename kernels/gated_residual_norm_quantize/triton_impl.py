@@ -47,7 +47,7 @@ def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor
                 gate,
                 call.weight.contiguous(),
                 scale,
-                call.smooth,
+                None if call.smooth is None else call.smooth.contiguous(),
                 x,
                 xq,
                 x_scale,

@@ -35,17 +35,17 @@ def config(
 
 # For each architecture: the largest bucket of M that a list serves, and the list. 99 KB of shared memory:
 _CONSUMER = (
-    (16, (config(16, 64, 256, 4, 4), config(16, 128, 128, 4, 4))),
+    (16, (config(16, 64, 256, 4, 4), config(16, 64, 128, 4, 4))),
     (32, (config(32, 64, 256, 4, 3), config(32, 128, 128, 4, 4))),
     (64, (config(64, 64, 128, 4, 4), config(64, 128, 128, 4, 3))),
     (512, (config(64, 128, 128, 4, 3), config(128, 128, 64, 4, 4), config(64, 64, 128, 4, 4))),
-    (16384, (config(128, 256, 64, 8, 3), config(128, 128, 64, 4, 4), config(128, 128, 128, 4, 3))),
+    (16384, (config(128, 256, 64, 8, 3), config(128, 128, 64, 4, 4), config(128, 256, 64, 8, 4))),
 )
 TABLE: dict[tuple[int, int], tuple] = {
     (8, 0): (
         *_CONSUMER[:3],
-        (512, (config(64, 128, 128, 4, 3), config(128, 128, 128, 4, 3))),
-        (16384, (config(128, 256, 64, 8, 4), config(128, 128, 128, 4, 3), config(128, 256, 128, 8, 3))),
+        (512, (config(64, 128, 128, 4, 3), config(128, 128, 64, 4, 4))),
+        (16384, (config(128, 256, 64, 8, 4), config(128, 128, 64, 4, 4), config(128, 128, 128, 8, 3))),
     ),
     (8, 6): _CONSUMER,
     (8, 9): _CONSUMER,

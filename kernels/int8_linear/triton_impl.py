@@ -10,6 +10,7 @@ On sm_90 the bulk copy engine brings the operands: 3 to 5 % faster on an H200 at
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +47,8 @@ def run(call: Int8LinearCall) -> torch.Tensor:
         return y
     xq = call.xq if call.xq.stride(1) == 1 else call.xq.contiguous()
     wq = call.wq if call.wq.stride(1) == 1 else call.wq.contiguous()
+    bias = None if call.bias is None else call.bias.contiguous()
+    call = dataclasses.replace(call, x_scale=call.x_scale.contiguous(), w_scale=call.w_scale.contiguous(), bias=bias)
     with torch.cuda.device_of(y):
         bucket = tuning.bucket(call.M)
         config = tuning.choose(
@@ -106,7 +109,7 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
         **{name: value for name, value in config.items() if name not in ("GROUP_M", "TMA")},
     )
     if parts > 1:
-        _add_parts_kernel[(-(-N // SUM_BLOCK), M)](
+        _add_parts_kernel[(M, -(-N // SUM_BLOCK))](
             sums,
             call.x_scale,
             call.w_scale,
@@ -239,8 +242,8 @@ def _add_parts_kernel(
     PER_CHANNEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    m = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)
     sums_ptrs = sums_ptr + m * N + n
     for _ in range(parts):

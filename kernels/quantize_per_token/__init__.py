@@ -25,7 +25,7 @@ def quantize_per_token(
     """Quantize activations to INT8 with one dynamic scale a token.
 
     x: float [..., K]. smooth: float32 [K], multiplies x first. rotation_group: 0, or the size of the Hadamard groups
-    that x is rotated by along K (after smoothing, and after rounding to x's dtype). Returns xq int8 [..., K] and
+    that x is rotated by along K (after smoothing, and after rounding if x is bf16). Returns xq int8 [..., K] and
     x_scale float32 [..., 1] with `x_scale = absmax / 127` in float32 and codes rounded from x * (1 / x_scale), halves
     to even. An all-zero token gets scale 1e-30 and zeros. A token that holds a NaN or an infinity gets a scale that is
     not finite and zeros, so that a product with it is NaN.

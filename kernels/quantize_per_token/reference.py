@@ -37,13 +37,13 @@ def quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [M, K] and scales float32 [M, 1] of float32 values x [M, K].
 
-    dtype: of the activations. What is rotated is rounded to it first, as it is where no op is fused: then bf16 operands
-    carry the rotation's first product.
+    dtype: of the activations. If it is bfloat16, what is rotated is rounded to it first, as it is where no op is fused:
+    then bf16 operands carry the rotation's first product.
     """
     if smooth is not None:
         x = x * smooth
     if rotation_group:
-        x = rotate(x.to(dtype).float(), rotation_group)
+        x = rotate(x.to(dtype).float() if dtype == torch.bfloat16 else x, rotation_group)
     x_scale = symmetric_scale(x.abs().amax(dim=-1, keepdim=True))
     # The cast of a NaN to int8 is undefined: zero it, the scale already carries it.
     codes = (x * x_scale.reciprocal()).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -52,19 +52,32 @@ def run(call: QuantizePerTokenCall) -> tuple[torch.Tensor, torch.Tensor]:
     M, K = x.shape
     xq = torch.empty((M, K), dtype=torch.int8, device=x.device)
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=x.device)
+    smooth = None if call.smooth is None else call.smooth.contiguous()
     rotate = call.rotation_group != 0
     if M == 0:
         return xq, x_scale
     with torch.cuda.device_of(x):
         if K <= HELD_K:
             _quantize_per_token_kernel[(M,)](
-                x, call.smooth, xq, x_scale, x.stride(0), ROTATE=rotate, **token_constants(K)
+                x, smooth, xq, x_scale, x.stride(0), ROTATE=rotate, enable_fp_fusion=False, **token_constants(K)
             )
         else:
             absmax = torch.zeros((M,), dtype=torch.int32, device=x.device)
             for store in (False, True):
-                _quantize_long_token_kernel[(triton.cdiv(K, LONG_BLOCK), M)](
-                    x, call.smooth, absmax, xq, x_scale, K, x.stride(0), store, rotate, LONG_BLOCK, HADAMARD_DTYPE
+                _quantize_long_token_kernel[(M, triton.cdiv(K, LONG_BLOCK))](
+                    x,
+                    smooth,
+                    absmax,
+                    xq,
+                    x_scale,
+                    K,
+                    x.stride(0),
+                    STORE=store,
+                    ROTATE=rotate,
+                    BLOCK=LONG_BLOCK,
+                    HADAMARD_DTYPE=HADAMARD_DTYPE,
+                    num_warps=8,
+                    enable_fp_fusion=False,
                 )
     return xq, x_scale
 
@@ -129,8 +142,8 @@ def _quantize_long_token_kernel(
     BLOCK: tl.constexpr,
     HADAMARD_DTYPE: tl.constexpr,
 ):
-    m = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0) * BLOCK
+    m = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = load_features(x_ptr + m * stride_xm, start, K, BLOCK)
     x = transform_features(x, smooth_ptr, start, K, ROTATE, dtype, BLOCK, HADAMARD_DTYPE)
@@ -167,11 +180,11 @@ def transform_features(
     BLOCK: tl.constexpr,
     HADAMARD_DTYPE: tl.constexpr,
 ):
-    """x[BLOCK] smoothed, then rounded to DTYPE and rotated, in `rotate_features`' shape."""
+    """x[BLOCK] smoothed, then rotated, in `rotate_features`' shape. DTYPE bfloat16: rounded to that before."""
     if smooth_ptr is not None:
         x *= load_features(smooth_ptr, start, K, BLOCK)
     if ROTATE:
-        x = rotate_features(x.to(DTYPE), BLOCK, HADAMARD_DTYPE)
+        x = rotate_features(x.to(tl.bfloat16) if DTYPE == tl.bfloat16 else x, BLOCK, HADAMARD_DTYPE)
     return x
 
 
@@ -242,7 +255,8 @@ def store_codes(ptr, x, scale, start, K, BLOCK: tl.constexpr):
     """round(x * (1 / scale)) with halves to even, zeros where the scale is not finite. x: BLOCK features, any shape."""
     k = start + tl.arange(0, BLOCK)
     if tl.abs(scale) < float("inf"):
-        # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code.
+        # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code. For the very
+        # codes of the reference, product and sum have to be rounded apart: see `enable_fp_fusion`.
         code = (x * tl.div_rn(1.0, scale) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
         code = tl.reshape(code, (BLOCK,))
         if start + BLOCK <= K:

@@ -33,7 +33,7 @@ def rms_norm_scale_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm and modulation, quantized per token in the same pass; everything in float32 up to the codes.
 
-    What a rotation rounds to x's dtype are the values x * weight * scale, before their division by the token's rms.
+    What is rounded before a rotation, if x is bf16, is x * weight * scale, before the division by the token's rms.
 
     x: float [..., L, K]. weight: float [K]. scale: float, multiplies the normalized tokens: [..., 1, K], one row a
     sample, or None. eps: added to the mean square. smooth, rotation_group: as in `quantize_per_token`. Returns xq int8

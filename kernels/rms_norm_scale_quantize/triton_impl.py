@@ -46,7 +46,7 @@ def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
                 x,
                 call.weight.contiguous(),
                 scale,
-                call.smooth,
+                None if call.smooth is None else call.smooth.contiguous(),
                 xq,
                 x_scale,
                 x.stride(0),

@@ -39,7 +39,7 @@ def run(call: SwigluQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
             _swiglu_quantize_kernel[(M,)](
                 gate,
                 up,
-                call.smooth,
+                None if call.smooth is None else call.smooth.contiguous(),
                 xq,
                 x_scale,
                 gate.stride(0),

@@ -39,8 +39,8 @@ def run(call: UnpackInt8Call) -> torch.Tensor:
         with torch.cuda.device_of(wq):
             _unpack_int8_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(K, BLOCK_K))](
                 wq,
-                call.weight.scale,
-                call.weight.smooth,
+                call.weight.scale.contiguous(),
+                None if call.weight.smooth is None else call.weight.smooth.contiguous(),
                 weight,
                 N,
                 K,

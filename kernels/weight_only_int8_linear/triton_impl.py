@@ -42,8 +42,8 @@ def run(call: WeightOnlyInt8LinearCall) -> torch.Tensor:
             _weight_only_int8_linear_kernel[(triton.cdiv(N, block_n),)](
                 x,
                 wq,
-                call.w_scale,
-                call.bias,
+                call.w_scale.contiguous(),
+                None if call.bias is None else call.bias.contiguous(),
                 y,
                 M,
                 N,

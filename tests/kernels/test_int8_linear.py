@@ -4,13 +4,12 @@ from lowbit.kernels import int8_linear as op
 from lowbit.kernels import tuning
 from lowbit.kernels.dispatch import use_implementation
 from lowbit.kernels.int8_linear import configs, int8_linear, torch_impl
-from lowbit.tests.kernels.comparing import assert_grids_fit, assert_within_eps, by
+from lowbit.tests.kernels.comparing import INTERPRETER_WARNING, assert_grids_fit, assert_within_eps, by
 
-# The interpreter's own, once for every step along K.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(INTERPRETER_WARNING)
 
 SHAPES = [
-    *((1, 64, 256), (17, 331, 528), (33, 40, 24), (256, 768, 512), (20, 16, 4608)),
+    *((1, 64, 256), (17, 331, 528), (33, 40, 24), (128, 256, 512), (20, 16, 4608)),
     *((1, 1, 1), (5, 7, 33), (130, 259, 129), (40, 24, 2051)),
 ]
 IDS = ["one_token", "ragged", "small", "aligned", "deep", "one_value", "odd", "odd_tiles", "odd_deep"]
@@ -118,7 +117,7 @@ def test_the_epilogue_matches_float64(implementation, with_bias, per_channel, ou
 
 
 @pytest.mark.parametrize("M, N, K", SHAPES, ids=IDS)
-@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", op.OP.implementations[:-1])
 def test_outputs_are_the_references_within_two_eps(implementation, out_dtype, M, N, K, device, poison_empty):
     xq, x_scale, wq, w_scale, bias = operands(M, N, K, device)
@@ -155,13 +154,13 @@ def shipped_configurations():
     )
 
 
-@pytest.mark.parametrize("K", [384, 417], ids=["even", "ragged"])
+@pytest.mark.parametrize("N, K", [(132, 384), (131, 417)], ids=["even", "ragged"])
 @pytest.mark.parametrize("configuration", shipped_configurations(), ids=configuration_id)
-def test_every_configuration_gives_the_same(configuration, K, device, launch_with, poison_empty):
+def test_every_configuration_gives_the_same(configuration, N, K, device, launch_with, poison_empty):
     if device.type == "cuda" and configuration not in of_this_device(device):
         pytest.skip("is not for this device")
     launch_with(configuration)
-    xq, _, wq, _, _ = operands(70, 150, K, device)
+    xq, _, wq, _, _ = operands(40, N, K, device)
     assert torch.equal(integer_sums("triton_impl", xq, wq), integer_sums("reference", xq, wq))
 
 
@@ -185,7 +184,7 @@ def test_every_configuration_gives_the_same_at_the_models_shapes(M, device, laun
 # The sum split along K
 
 
-@pytest.mark.parametrize("parts", [2, 3, 5, 16, 1000])
+@pytest.mark.parametrize("parts", [2, 5, 1000])
 @pytest.mark.parametrize("M, N, K", [(1, 64, 4608), (17, 131, 1027), (33, 40, 1024)], ids=["one_token", "odd", "even"])
 def test_a_split_sum_is_the_whole_one_bit_for_bit(M, N, K, parts, device, launch_with, poison_empty):
     """More parts than steps along K, and parts of unequal length, among them."""
