@@ -4,6 +4,7 @@ and the INT8 product leaves nearly all of its time to the tensor cores."""
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -53,7 +54,9 @@ def product_loops(results):
 
 def test_the_product_runs_on_int8_tensor_cores(sm86):
     for case, _, loop in product_loops(sm86):
-        assert loop is not None and loop["tensor_instructions"] >= 16, case
+        block_m, block_n, block_k, warps = map(int, re.match(r"(\d+)x(\d+)x(\d+) w(\d+)", case).groups())
+        step = block_m * block_n * block_k // (16 * 8 * 32) // warps  # a warp's share of one step along K
+        assert loop is not None and loop["tensor_instructions"] and loop["tensor_instructions"] % step == 0, case
         assert all(opcode.startswith("IMMA.16832.S8.S8") for opcode in loop["opcodes"]), case
 
 
