@@ -11,6 +11,8 @@ from ..loaders.mapped_file import MappedFile
 
 MODEL_FOLDER = "diffusion_models"
 GGUF_FOLDER = "lowbit_gguf"
+TEXT_ENCODER_FOLDER = "text_encoders"
+TEXT_ENCODER_GGUF_FOLDER = "lowbit_text_encoder_gguf"
 
 
 class HostFile(MappedFile):
@@ -36,18 +38,24 @@ class HostFile(MappedFile):
 
 
 def register_gguf_folder() -> None:
-    """Offer `.gguf` files of the diffusion model folders, those that users add later included, without touching other
-    lists.
+    """Offer `.gguf` files of the folders of diffusion models and text encoders, those that users add later included,
+    without touching other lists.
 
-    The folder list is the host's own object; only the suffixes are ours.
+    The folder lists are the host's own objects; only the suffixes are ours.
     """
-    paths = folder_paths.folder_names_and_paths[MODEL_FOLDER][0]
-    folder_paths.folder_names_and_paths[GGUF_FOLDER] = (paths, {".gguf"})
+    for folder, gguf_folder in ((MODEL_FOLDER, GGUF_FOLDER), (TEXT_ENCODER_FOLDER, TEXT_ENCODER_GGUF_FOLDER)):
+        paths = folder_paths.folder_names_and_paths[folder][0]
+        folder_paths.folder_names_and_paths[gguf_folder] = (paths, {".gguf"})
 
 
 def list_gguf() -> list[str]:
     """GGUF files to pick from, as the host names them."""
     return folder_paths.get_filename_list(GGUF_FOLDER)
+
+
+def list_text_encoder_gguf() -> list[str]:
+    """GGUF text encoders to pick from, as the host names them."""
+    return folder_paths.get_filename_list(TEXT_ENCODER_GGUF_FOLDER)
 
 
 def list_safetensors() -> list[str]:
@@ -57,11 +65,20 @@ def list_safetensors() -> list[str]:
 
 
 def full_path(name: str) -> str:
-    """The path of a picked file. Raises FileNotFoundError, with the name, when it is gone."""
+    """The path of a picked diffusion model. Raises FileNotFoundError, with the name, when it is gone."""
     folder = GGUF_FOLDER if name.lower().endswith(".gguf") else MODEL_FOLDER
+    return _full_path(folder, name, MODEL_FOLDER)
+
+
+def text_encoder_path(name: str) -> str:
+    """The path of a picked GGUF text encoder. Raises FileNotFoundError, with the name, when it is gone."""
+    return _full_path(TEXT_ENCODER_GGUF_FOLDER, name, TEXT_ENCODER_FOLDER)
+
+
+def _full_path(folder: str, name: str, shown_folder: str) -> str:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         raise FileNotFoundError(
-            f"{name} is not in models/{MODEL_FOLDER} any more: press R to refresh the lists and pick another file."
+            f"{name} is not in models/{shown_folder} any more: press R to refresh the lists and pick another file."
         )
     return path

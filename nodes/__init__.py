@@ -9,6 +9,7 @@ compat.check_host()
 from ..host.files import register_gguf_folder  # noqa: E402  (a host that is too old is told so before anything else fails)
 from .compile_model import CompileModel  # noqa: E402
 from .inspect_quantized_model import InspectQuantizedModel  # noqa: E402
+from .load_clip_gguf import LoadClipGguf  # noqa: E402
 from .load_diffusion_model_gguf import LoadDiffusionModelGguf  # noqa: E402
 from .load_diffusion_model_int8 import LoadDiffusionModelInt8  # noqa: E402
 
@@ -20,4 +21,4 @@ class LowbitExtension(ComfyExtension):
         register_gguf_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadDiffusionModelInt8, LoadDiffusionModelGguf, CompileModel, InspectQuantizedModel]
+        return [LoadDiffusionModelInt8, LoadDiffusionModelGguf, LoadClipGguf, CompileModel, InspectQuantizedModel]

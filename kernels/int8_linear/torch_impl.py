@@ -33,13 +33,14 @@ def supports(call: Int8LinearCall) -> str | None:
 
 
 def run(call: Int8LinearCall) -> torch.Tensor:
+    wq = call.wq if call.wq.stride(1) == 1 and call.wq.stride(0) == call.K else call.wq.contiguous()
     parts = max(1, -(-4 * call.M * call.N // CHUNK_BYTES))
     if parts == 1:
-        return call.epilogue(torch._int_mm(call.xq.contiguous(), call.wq.t()))
+        return call.epilogue(torch._int_mm(call.xq.contiguous(), wq.t()))
     y = torch.empty((call.M, call.N), dtype=call.out_dtype, device=call.device)
     # Nearly equal parts: a short last one could fall below the 17 tokens that CUDA wants.
     parted = (tensor.tensor_split(parts) for tensor in (call.xq, call.x_scale, y))
     for xq, x_scale, out in zip(*parted, strict=True):
         part = dataclasses.replace(call, xq=xq, x_scale=x_scale)
-        out.copy_(part.epilogue(torch._int_mm(xq.contiguous(), call.wq.t())))
+        out.copy_(part.epilogue(torch._int_mm(xq.contiguous(), wq.t())))
     return y

@@ -17,14 +17,6 @@ def fused(comfy_host):
     return fused_block
 
 
-def unfused_clone(model):
-    """The same model on the host's own blocks."""
-    clone = model.clone()
-    for key in [key for key in clone.object_patches if "layers." in key]:
-        del clone.object_patches[key]
-    return clone
-
-
 def calls(monkeypatch, fused) -> dict[str, int]:
     """How often each fused op is called from now on."""
     counts = {}
@@ -43,7 +35,7 @@ def calls(monkeypatch, fused) -> dict[str, int]:
 def test_fused_blocks_give_what_the_hosts_blocks_give(comfy_host, fused, tmp_path, monkeypatch, kind):
     model = quantized.load(quantized.write(tmp_path, kind), "int8", dtype="bf16")
     counts = calls(monkeypatch, fused)
-    expected = quantized.output(comfy_host, unfused_clone(model))
+    expected = quantized.output(comfy_host, quantized.on_host_blocks(model))
     assert not counts
     actual = quantized.output(comfy_host, model)
     # w1 and w3 of a smoothed layer differ in their factors: each reads codes of its own.
@@ -63,7 +55,7 @@ def test_protected_layers_read_floats(comfy_host, fused, tmp_path, monkeypatch):
     modules = [name for name in small.block_linears(floats) if not name.endswith(("w2", "qkv"))]
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(floats, modules=modules))
     model = quantized.load(path, "int8")
-    expected = quantized.output(comfy_host, unfused_clone(model))
+    expected = quantized.output(comfy_host, quantized.on_host_blocks(model))
     counts = calls(monkeypatch, fused)
     assert quantized.relative(quantized.output(comfy_host, model), expected) < CLOSE
     assert counts == {"gated_residual_norm_quantize": 2, "gated_residual": 2}
@@ -76,7 +68,7 @@ def test_w1_and_w3_with_different_quantizers_read_codes_of_their_own(comfy_host,
     for name in ("layers.0.feed_forward.w3", "layers.1.feed_forward.w1"):
         stored |= {key: value for key, value in plain.items() if key.startswith(f"{name}.")}
     model = quantized.load(small.save(tmp_path / "mixed.safetensors", stored), "int8")
-    expected = quantized.output(comfy_host, unfused_clone(model))
+    expected = quantized.output(comfy_host, quantized.on_host_blocks(model))
     assert quantized.relative(quantized.output(comfy_host, model), expected) < CLOSE
 
 
@@ -86,7 +78,7 @@ def test_patched_layers_read_floats(comfy_host, fused, tmp_path, kind):
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
     before = quantized.output(comfy_host, model)
     patched = quantized.add_lora(comfy_host, model, quantized.lora(kind))
-    expected = quantized.output(comfy_host, unfused_clone(patched))
+    expected = quantized.output(comfy_host, quantized.on_host_blocks(patched))
     actual = quantized.output(comfy_host, patched)
     assert quantized.relative(actual, before) > 2 * CLOSE
     assert quantized.relative(actual, expected) < CLOSE
@@ -115,7 +107,7 @@ def test_a_changed_module_sees_what_it_sees_in_the_hosts_block(comfy_host, fused
         original = module.forward
         module.forward = lambda x, *args, **kwargs: original(look(x), *args, **kwargs).flip(-1)
     changed = quantized.output(comfy_host, model)
-    expected = quantized.output(comfy_host, unfused_clone(model))
+    expected = quantized.output(comfy_host, quantized.on_host_blocks(model))
     assert quantized.relative(changed, plain) > 2 * CLOSE
     assert quantized.relative(changed, expected) < CLOSE
     reasons = fused.report(model)

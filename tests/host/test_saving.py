@@ -59,10 +59,11 @@ def test_stock_loader_reads_our_int8(comfy_host, tmp_path, kind):
     stock = comfy_host.load_diffusion_model(path, dtype=torch.float32)
     assert sum(quantized.is_quantized(parameter.data) for parameter in stock.model.parameters()) == 10
     # The stock model quantizes its activations to INT8 as well: so do we for this comparison.
-    ours = quantized.load(path, compute_mode="int8")
+    ours = quantized.on_host_blocks(quantized.load(path, compute_mode="int8"))
     actual, expected = quantized.output(comfy_host, ours), quantized.output(comfy_host, stock)
-    # On a GPU the stock kernels scale and rotate activations in less than float32.
-    assert quantized.relative(actual, expected) < (0.05 if torch.cuda.is_available() else 1e-5)
+    # A value halfway between two codes falls to either side, by the reciprocal of the scale here and by a division
+    # there: one code in thousands. On a GPU the stock kernels scale and rotate activations in less than float32.
+    assert quantized.relative(actual, expected) < (0.05 if torch.cuda.is_available() else 2e-3)
 
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["loaded", "offloaded"])

@@ -62,6 +62,14 @@ def load(path: pathlib.Path, compute_mode: str = "exact", dtype: str = "fp32"):
     return model.load_model(model.LoadRequest(str(path), compute_mode=compute_mode, dtype=dtype))
 
 
+def on_host_blocks(model):
+    """The same model without fused blocks: every layer quantizes its input by itself, as in a stock model."""
+    clone = model.clone()
+    for key in [key for key in clone.object_patches if "layers." in key]:
+        del clone.object_patches[key]
+    return clone
+
+
 def full_precision(host, model):
     """A stock float32 model with the weights that a quantized one stands for."""
     return host.load_state_dict(floats_of(model), dtype=torch.float32)

@@ -15,6 +15,7 @@ from lowbit.tests.kernels.comparing import (
     assert_codes_of,
     assert_grids_fit,
     assert_nearly_the_same_codes,
+    assert_within_eps,
     by,
     listening_block,
 )
@@ -207,7 +208,10 @@ def test_more_than_2_to_31_values(device):
     weight, row = (torch.rand(shape, device=device).to(torch.bfloat16) for shape in ((K,), (1, 1, K)))
     arguments = (residual, residual, weight, row, weight, row)
     x, *codes = by("triton_impl", gated_residual_norm_quantize, *arguments, EPS)
-    assert torch.equal(x, by("triton_impl", gated_residual, *arguments[:4], EPS))
+    alone = by("triton_impl", gated_residual, *arguments[:4], EPS)
+    for tokens in range(0, x.shape[1], 2**15):  # a part at a time: the comparison holds float32 copies
+        part = slice(tokens, tokens + 2**15)
+        assert_within_eps(x[:, part], alone[:, part], 2)
     tail = residual[:, -50:]
     assert_gated(x[:, -50:], tail, tail, weight, row, 2)
     expected = by("reference", rms_norm_scale_quantize, x[:, -50:], weight, row, EPS)

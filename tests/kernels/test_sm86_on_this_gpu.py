@@ -223,7 +223,7 @@ class TestProducers:
         expected = by("reference", rms_norm_scale_quantize, x, weight, row, 1e-5, smooth, rotation_group)
         assert_nearly_the_same_codes(codes, expected, rotated=dtype if rotation_group else None)
         alone = as_sm86(gated_residual, *arguments, 1e-5)
-        assert torch.equal(alone, x)
+        assert_within_eps(alone, x, 2)  # a sum may be contracted into its product in one and not in the other
         assert driver.launched == ["_gated_residual_norm_quantize_kernel", "_gated_residual_kernel"]
 
 

@@ -8,7 +8,7 @@ import torch
 from lowbit.formats import GgmlWeight, Int8Weight, ggml, int8
 from lowbit.kernels import unpack as op
 from lowbit.kernels.dispatch import use_implementation
-from lowbit.kernels.quantized_linear import SMALL_M, ggml_weight_linear, int8_weight_linear
+from lowbit.kernels.quantized_linear import SMALL_M, ggml_weight_linear, int8_weight_linear, row_rotation_group
 from lowbit.kernels.unpack import unpack
 from lowbit.kernels.unpack_int8 import unpack_int8
 from lowbit.kernels.unpack_to_int8 import unpack_to_int8
@@ -129,7 +129,7 @@ def test_ggml_weight_linear(ggml_type, with_bias, M, mode, device):
     else:
         error = float((y - exact).norm() / exact.norm())
         assert 1e-4 < error < 0.02  # int8 rows and int8 activations, each within about half a percent
-        kept = unpack_to_int8(blocks, ggml_type)[1]
+        kept = unpack_to_int8(blocks, ggml_type, None, row_rotation_group(weight))[1]
         assert torch.equal(ggml_weight_linear(x, weight, bias, mode, kept), y)
 
 
