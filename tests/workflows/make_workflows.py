@@ -209,7 +209,7 @@ the license on their pages.
 {cost}
 
 **compute_mode**
-- *auto*: the faster of the two below.
+- *auto*: *int8* where it is faster and costs little quality, else *exact*.
 - *exact*: weights are unpacked and computed in the model's own dtype, what the file means.
 - *int8*: activations are quantized too and INT8 units compute the product, a little less exact.
 
