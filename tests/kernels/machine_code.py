@@ -206,6 +206,7 @@ def read(kernel, capability: int) -> dict[str, Any]:
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
         "spills": sum(instruction.opcode.startswith(("LDL", "STL")) for instruction in code),
+        "saturating_conversions": sum(instruction.opcode.startswith("F2IP") for instruction in code),
         "shared_bytes": kernel.metadata.shared,
         "instructions": len(code),
         "tensor_instructions": sum(map(on_tensor_cores, code)),
@@ -254,6 +255,8 @@ def calls_of_rms_norm_scale_quantize(op: ModuleType) -> Iterator[tuple[str, Any]
         x, scale = meta(4352, 4608, dtype=dtype), meta(2, 4608, dtype=dtype)
         yield label, op.RmsNormScaleQuantizeCall(x, x[0], scale, 1e-5, smooth, group)
     yield "K=4608 bf16 unscaled", op.RmsNormScaleQuantizeCall(meta(4352, 4608), meta(4608), None, 1e-5, None, 0)
+    for K in (1, 255):  # one byte at a time
+        yield f"K={K} bf16", op.RmsNormScaleQuantizeCall(meta(17, K), meta(K), meta(1, K), 1e-5, None, 0)
 
 
 def calls_of_swiglu_quantize(op: ModuleType) -> Iterator[tuple[str, Any]]:

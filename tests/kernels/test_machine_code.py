@@ -45,6 +45,11 @@ def test_every_block_fits_the_shared_memory(sm86):
     assert told([result for result in sm86 if result["shared_bytes"] > LARGEST_BLOCK], "shared_bytes") == []
 
 
+def test_codes_are_stored_as_they_are(sm86):
+    """Where a byte of a float's bits is stored alone, the assembler has been seen to convert the float, saturating."""
+    assert told([result for result in sm86 if result["saturating_conversions"]], "saturating_conversions") == []
+
+
 def product_loops(results):
     """Name, largest number of tokens and main loop of each way of compiling the INT8 product."""
     products = [result for result in results if result["kernel"] == "_int8_linear_kernel"]
