@@ -115,7 +115,9 @@ class _CompiledCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         comfy.ops.run_every_op()  # stops here when the prompt is cancelled: compiled layers do not look
         leaves = tree_iter((args, kwargs))
-        like = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+        like = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
+        if like is None:
+            return self.module._call_impl(*args, **kwargs)
         _move_loras(self.module, like)
         with _weights_on_device(self.module, like.device):
             return self.compiled(*args, **kwargs)
@@ -143,7 +145,11 @@ def _weights_on_device(module: torch.nn.Module, device: torch.device) -> Iterato
         return
     fetched = any(hasattr(part, "_prefetch") for part in managed)  # by the model, which then lets them go
     queue = None if fetched else [None, module, None]
-    comfy.model_prefetch.prefetch_queue_pop(queue, device, module)
+    try:
+        comfy.model_prefetch.prefetch_queue_pop(queue, device, module)
+    except BaseException:  # out of memory, or cancelled: nobody else lets go of what has been fetched
+        comfy.model_prefetch.cleanup_prefetched_modules(managed)
+        raise
     try:
         with contextlib.ExitStack() as stack:
             for part in managed:

@@ -22,7 +22,6 @@ from collections.abc import Callable
 
 import comfy.ldm.ideogram4.model as host_model
 import comfy.ldm.lumina.model as host_feed_forward
-import comfy.model_management
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -32,7 +31,7 @@ from ..kernels.gated_residual import gated_residual
 from ..kernels.gated_residual_norm_quantize import gated_residual_norm_quantize
 from ..kernels.rms_norm_scale_quantize import rms_norm_scale_quantize
 from ..kernels.swiglu_quantize import swiglu_quantize
-from .ops import LowbitLinear, QuantizedActivations
+from .ops import LowbitLinear, QuantizedActivations, changed, differentiated
 
 # The host's functions that are replaced, as they are known to compute what is computed here (ComfyUI 0.30 to 0.33).
 REPLACED = (
@@ -108,17 +107,26 @@ def unfusable(block: torch.nn.Module) -> str | None:
 def in_the_way(block: torch.nn.Module) -> str | None:
     """What somebody else has put on the block or on a module in it since, so that the host's code has to run."""
     for name, module in block.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "a module in it has a forward hook"
-        if name and "forward" in module.__dict__:
-            return "another pack has patched a module in it"
-    return None
+        if name and (reason := changed(module)):
+            return reason
+    if block._forward_hooks or block._forward_pre_hooks:
+        return "the block has a forward hook"
+    return None if classes_are_known() else "another pack has patched the block's class"
+
+
+def classes_are_known() -> bool:
+    """Whether the host's functions are still those that were there when this module was imported."""
+    block, feed_forward = host_model.Ideogram4TransformerBlock, host_feed_forward.FeedForward
+    return REPLACED == (block.forward, feed_forward.forward, feed_forward._forward_silu_gating)
 
 
 @functools.cache
 def fingerprint() -> str:
-    """A hash of the host's replaced functions that comments and formatting leave alone."""
-    sources = [textwrap.dedent(inspect.getsource(function)) for function in REPLACED]
+    """A hash of the host's replaced functions that comments and formatting leave alone; empty without their source."""
+    try:
+        sources = [textwrap.dedent(inspect.getsource(function)) for function in REPLACED]
+    except (OSError, TypeError):  # compiled, or something that another pack has put there
+        return ""
     return hashlib.sha256("".join(ast.unparse(ast.parse(source)) for source in sources).encode()).hexdigest()[:16]
 
 
@@ -137,7 +145,7 @@ class _FusedBlock:
 
     def __call__(self, x, attn_mask, freqs_cis, adaln_input, transformer_options={}):  # noqa: B006, the host's own
         block = self.block
-        if x.requires_grad or comfy.model_management.in_training or in_the_way(block) is not None:
+        if differentiated(x) or in_the_way(block) is not None:
             return type(block).forward(
                 block, x, attn_mask, freqs_cis, adaln_input, transformer_options=transformer_options
             )
@@ -160,7 +168,7 @@ class _FusedGating:
         self.feed_forward = feed_forward
 
     def __call__(self, gate, up):
-        quantizer = self.feed_forward.w2.quantizer(gate)
+        quantizer = None if changed(self.feed_forward) else self.feed_forward.w2.quantizer(gate)
         if quantizer is None:
             return type(self.feed_forward)._forward_silu_gating(self.feed_forward, gate, up)
         return QuantizedActivations(gate.dtype, [(quantizer, *swiglu_quantize(gate, up, *quantizer))])

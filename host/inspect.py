@@ -133,7 +133,7 @@ def _implementations_text(quantized: dict, linears: dict[str, LowbitLinear]) -> 
 def _mode_text(mode: str) -> str:
     if mode == "int8":
         return "int8 product (activations quantized per token; at most 16 tokens: floats)"
-    return "exact (weight unpacked, then PyTorch's product)"
+    return "exact (weight unpacked, then PyTorch's product; INT8 weights and at most 16 tokens: not unpacked)"
 
 
 def _calls(weight, mode: str, device: torch.device) -> list[tuple[Op, object]]:

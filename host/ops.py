@@ -36,9 +36,8 @@ class LoadSettings:
     """What one load decided, and what it found out.
 
     file_name: for messages. compute_mode: `auto`, `int8` or `exact`. tune: whether kernels may measure their
-    configurations at first use. quantize_layer: whether a float linear weight of
-    this module name and shape [N, K] is quantized to INT8 at load. missing_keys: filled by the load, what the file did
-    not supply.
+    configurations at first use. quantize_layer: whether a float linear weight of this module name and shape [N, K] is
+    quantized to INT8 at load. missing_keys: filled by the load, what the file did not supply.
     """
 
     file_name: str
@@ -103,6 +102,22 @@ def make_operations(settings: LoadSettings) -> type:
             pass
 
     return LowbitOperations
+
+
+def changed(module: torch.nn.Module) -> str | None:
+    """What somebody else has put on a module so that it is to see what it would see in the host's own code, or None."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "a module has a forward hook"
+    forward = module.__dict__.get("forward")
+    # A pack that takes its patch back may leave the class's own function behind, bound to the module.
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        return "another pack has patched a module"
+    return None
+
+
+def differentiated(x: torch.Tensor) -> bool:
+    """Whether gradients may be asked for through x, which quantized activations have none of."""
+    return x.requires_grad or comfy.model_management.in_training
 
 
 class LowbitLinear:
@@ -195,7 +210,7 @@ class LowbitLinear:
         quantized = layouts.from_host(weight)
         if quantized is None:  # the host has unpacked it for a patch
             return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-        mode = "exact" if x.requires_grad else self.mode  # the INT8 product has no gradient
+        mode = "exact" if differentiated(x) else self.mode
         tune = self.lowbit_settings.tune
         if isinstance(quantized, Int8Weight):
             return quantized_linear.int8_weight_linear(x, quantized, bias, mode, tune)
@@ -225,7 +240,7 @@ class LowbitLinear:
         A LoRA's side path reads them, as do hooks and a `forward` that another pack has put here; a patched weight may
         no longer be quantized, and few tokens are not quantized.
         """
-        if "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks:
+        if differentiated(x) or changed(self) is not None:
             return None
         if self.model_patches or self.hook_patches or self.weight_function or self.weight_lowvram_function is not None:
             return None

@@ -18,8 +18,6 @@ channels would cost several times the error otherwise.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ..formats import GgmlWeight, Int8Weight, QuantizedWeight, ggml
@@ -51,7 +49,6 @@ def row_rotation_group(weight: GgmlWeight) -> int:
     return 0 if weight.shape[-1] % ROTATION_GROUP else ROTATION_GROUP
 
 
-@functools.cache
 def has_fused_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on this device."""
     return INT8_LINEAR.import_error("triton_impl") is None and triton_refusal(device) is None

@@ -25,7 +25,8 @@ def compute_mode() -> io.Combo.Input:
         "compute_mode",
         options=list(model.COMPUTE_MODES),
         default="auto",
-        tooltip="auto: int8 for INT8 files where the Triton kernels run (NVIDIA, Ampere or newer), else exact. exact: "
+        tooltip="auto: int8 for INT8 files and GGUF types below 6 bits where the Triton kernels run (NVIDIA, RTX 30 or "
+        "newer), else exact. exact: "
         "weights are unpacked and computed in the model's dtype, what the file means. int8: activations are quantized "
         "too and INT8 units compute the product, a little less exact.",
     )

@@ -70,6 +70,8 @@ def int8_linear(
         raise ValueError(f"int8_linear: xq {tuple(xq.shape)} and wq {tuple(wq.shape)} do not share K")
     if K >= 131072:
         raise ValueError(f"int8_linear: K={K} could overflow the int32 sum, the limit is 131071")
+    if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
+        raise ValueError(f"int8_linear: scales must be float32, got x_scale {x_scale.dtype}, w_scale {w_scale.dtype}")
     if w_scale.numel() not in (1, N):
         raise ValueError(f"int8_linear: w_scale must hold 1 or N={N} values, got shape {tuple(w_scale.shape)}")
     if tuple(x_scale.shape) != (*xq.shape[:-1], 1):

@@ -75,7 +75,7 @@ def parts_along_k(tiles: int, K: int, num_warps: int, device: torch.device) -> i
     if tiles >= 2 * slots:
         return 1
     costs = {
-        parts: -(-tiles * parts // slots) / parts + PART_COST * parts * tiles / K for parts in range(1, MOST_PARTS)
+        parts: -(-tiles * parts // slots) / parts + PART_COST * parts * tiles / K for parts in range(1, MOST_PARTS + 1)
     }
     return min(costs, key=costs.__getitem__)
 

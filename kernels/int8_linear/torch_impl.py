@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..capability import device_capability
+
 if TYPE_CHECKING:
     from . import Int8LinearCall
 
@@ -22,9 +24,9 @@ def supports(call: Int8LinearCall) -> str | None:
     if call.device.type not in ("cpu", "cuda"):
         return f"needs the CPU or a CUDA device, found {call.device.type}"
     if call.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(call.device)
+        capability = device_capability(call.device)
         if torch.version.hip is None and capability < (7, 5):
-            return f"needs compute capability 7.5, found {capability}"
+            return f"needs compute capability 7.5, found {capability[0]}.{capability[1]}"
         if call.M <= 16:
             return f"needs more than 16 tokens on CUDA, found M={call.M}"
         if call.K % 8 or call.N % 8:

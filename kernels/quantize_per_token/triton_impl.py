@@ -256,7 +256,8 @@ def store_codes(ptr, x, scale, start, K, BLOCK: tl.constexpr):
     k = start + tl.arange(0, BLOCK)
     if tl.abs(scale) < float("inf"):
         # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code. For the very
-        # codes of the reference, product and sum have to be rounded apart: see `enable_fp_fusion`.
+        # codes of the reference, product and sum are rounded apart (`enable_fp_fusion` at the launch); a fused producer
+        # rounds once, and its codes may differ by one where a value lies halfway.
         # The code is offset by 128, which an integer instruction takes back: the assembler has been seen to convert the
         # sum to an integer, saturating, where its low byte alone is stored.
         code = ((x * tl.div_rn(1.0, scale) + (12582912.0 + 128.0)).to(tl.int32, bitcast=True) ^ 128).to(tl.int8)

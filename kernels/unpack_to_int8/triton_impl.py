@@ -210,9 +210,11 @@ def _magnitude_bits(values):
 
 @triton.jit
 def _code(scaled):
-    """int8: rounded with halves to even, within [-127, 127]."""
-    # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code.
-    return (tl.clamp(scaled, -127.0, 127.0) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    """int8: rounded with halves to even, within [-127, 127]; a NaN gives 0."""
+    # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code. It is offset by
+    # 128, which an integer instruction takes back: see `store_codes` of quantize_per_token.
+    scaled = tl.where(scaled == scaled, tl.clamp(scaled, -127.0, 127.0), 0.0)
+    return ((scaled + (12582912.0 + 128.0)).to(tl.int32, bitcast=True) ^ 128).to(tl.int8)
 
 
 @triton.jit

@@ -39,9 +39,10 @@ def weight_only_int8_linear(
         raise ValueError(f"weight_only_int8_linear: x {tuple(x.shape)} and wq {tuple(wq.shape)} do not share K")
     if x.numel() > LARGEST_M * K:
         raise ValueError(f"weight_only_int8_linear is for at most {LARGEST_M} tokens, got x {tuple(x.shape)}")
-    if w_scale.numel() not in (1, N):
+    if w_scale.numel() not in (1, N) or w_scale.dtype != torch.float32:
         raise ValueError(
-            f"weight_only_int8_linear: w_scale must hold 1 or N={N} values, got shape {tuple(w_scale.shape)}"
+            f"weight_only_int8_linear: w_scale must hold 1 or N={N} float32 values, got {w_scale.dtype} "
+            f"{tuple(w_scale.shape)}"
         )
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"weight_only_int8_linear: bias must have shape ({N},), got {tuple(bias.shape)}")

@@ -136,7 +136,7 @@ def _tile_sum(
     """x[m, K] @ wq[n, K].T by the tensor cores, float32 [BLOCK_M, BLOCK_N]."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty if DOT_DTYPE is None else DOT_DTYPE
     k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + m[:, None] * stride_xm + k[None, :]
+    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k[None, :]
     w_ptrs = wq_ptr + tl.where(n < N, n, 0).to(tl.int64)[None, :] * stride_wn + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):

@@ -150,11 +150,61 @@ def blocks_of(model) -> list:
     return [patch for key, patch in model.object_patches.items() if key.endswith("layers.0.forward")]
 
 
-def test_gradients_take_the_hosts_block(comfy_host, fused, tmp_path):
+def test_gradients_go_through_the_hosts_functions(comfy_host, fused, tmp_path):
+    """Quantized activations have none: the whole feed-forward computes exactly, and so does a block."""
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
     comfy_host.comfy.model_management.load_models_gpu([model])
-    layer = model.model.diffusion_model.layers[0].feed_forward.w1
+    feed_forward = model.model.diffusion_model.layers[0].feed_forward
+    floats = quantized.floats_of(model)
+    w1, w2, w3 = (floats[f"layers.0.feed_forward.{name}.weight"].to(model.load_device) for name in ("w1", "w2", "w3"))
+    linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
     with torch.inference_mode(False), torch.enable_grad():
-        x = torch.randn(1, 20, 256, device=model.load_device, requires_grad=True)
-        layer(x).sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
+        w1, w2, w3 = w1.clone(), w2.clone(), w3.clone()
+        values = torch.randn(1, 20, 256, device=model.load_device)
+        x, reference = values.clone().requires_grad_(), values.clone().requires_grad_()
+        feed_forward(x).square().sum().backward()
+        linear(silu(linear(reference, w1)) * linear(reference, w3), w2).square().sum().backward()
+    assert quantized.relative(x.grad, reference.grad) < 1e-4
+
+
+def test_a_replaced_feed_forward_sees_tensors_between_its_layers(comfy_host, fused, tmp_path):
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    module = model.model.diffusion_model.layers[0].feed_forward
+    seen = []
+
+    def forward(x):
+        seen.append(module._forward_silu_gating(module.w1(x), module.w3(x)))
+        return module.w2(seen[-1])
+
+    module.forward = forward
+    quantized.output(comfy_host, model)
+    assert len(seen) == 1 and isinstance(seen[0], torch.Tensor)
+
+
+def test_a_patch_taken_back_leaves_the_block_fused(comfy_host, fused, tmp_path, monkeypatch):
+    """Bypass LoRA puts the class's own bound method back as an attribute of the module."""
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    module = model.model.diffusion_model.layers[0].attention.o
+    original = module.forward
+    module.forward = lambda x: original(x)
+    assert fused.report(model)[0] == "Fused blocks: 1 of 2"
+    module.forward = original
+    assert fused.report(model) == ["Fused blocks: 2 of 2"]
+    counts = calls(monkeypatch, fused)
+    quantized.output(comfy_host, model)
+    assert counts["gated_residual_norm_quantize"] == 2
+
+
+def test_a_patch_on_the_hosts_class_is_respected(comfy_host, fused, tmp_path, monkeypatch):
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    block_class = type(model.model.diffusion_model.layers[0])
+    original, calls_seen = block_class.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls_seen.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(block_class, "forward", forward)
+    quantized.output(comfy_host, model)
+    assert len(calls_seen) == 2
+    assert fused.report(model)[1] == "  2 not fused: another pack has patched the block's class"
