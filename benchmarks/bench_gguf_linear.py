@@ -18,10 +18,10 @@ from ..kernels.dispatch import use_implementation
 from ..kernels.quantized_linear import ggml_weight_linear, row_rotation_group
 from ..kernels.unpack import unpack
 from ..kernels.unpack_to_int8 import unpack_to_int8
-from . import operands, peers, results, shapes, timing
+from . import bench_int8_linear, operands, peers, results, shapes, timing
 
 CSV_NAME = "gguf_linear.csv"
-COLUMNS = (*results.ENVIRONMENT, "variant", "M", "N", "K", "ms", "tops", "ratio_to_bf16", "error")
+COLUMNS = bench_int8_linear.COLUMNS
 
 TYPES = ("Q4_K", "Q8_0")
 
@@ -43,18 +43,7 @@ def linear_rows(options: timing.Options, layer: shapes.Layer, M: int) -> Iterato
         peaks = ", ".join(f"{variant.name} {peak_mib(variant, options.device):.0f}" for variant in variants)
         result_mib = 2 * M * layer.N / 2**20
         print(f"{layer.name} M={M}: most memory of a call in MiB, its result ({result_mib:.0f}) included: {peaks}")
-    times = options.measure(variants)
-    for name, ms in times.items():
-        yield {
-            "variant": name,
-            "M": M,
-            "N": layer.N,
-            "K": layer.K,
-            "ms": ms,
-            "tops": 2 * M * layer.N * layer.K / ms / 1e9,
-            "ratio_to_bf16": times["bf16"] / ms,
-            "error": errors[name],
-        }
+    yield from bench_int8_linear.measured(options, layer, M, variants, errors)
 
 
 def linear_variants(x: torch.Tensor, w: torch.Tensor) -> list[timing.Variant]:
