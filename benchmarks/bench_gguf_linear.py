@@ -27,8 +27,8 @@ TYPES = ("Q4_K", "Q8_0")
 
 
 def rows(options: timing.Options) -> Iterator[dict]:
-    for layer in (layer for layer in shapes.LAYERS if not layer.tokens):
-        for M in options.tokens or shapes.TOKENS:
+    for layer in shapes.LAYERS:
+        for M in layer.tokens or options.tokens or shapes.TOKENS:
             yield from linear_rows(options, layer, M)
 
 
@@ -43,6 +43,8 @@ def linear_rows(options: timing.Options, layer: shapes.Layer, M: int) -> Iterato
         peaks = ", ".join(f"{variant.name} {peak_mib(variant, options.device):.0f}" for variant in variants)
         result_mib = 2 * M * layer.N / 2**20
         print(f"{layer.name} M={M}: most memory of a call in MiB, its result ({result_mib:.0f}) included: {peaks}")
+    if M <= shapes.SMALL_M:
+        variants += timing.all_graphed(variants)
     yield from bench_int8_linear.measured(options, layer, M, variants, errors)
 
 
@@ -54,7 +56,7 @@ def linear_variants(x: torch.Tensor, w: torch.Tensor) -> list[timing.Variant]:
         weights = [dataclasses.replace(weight, data=data) for data in operands.cold(weight.data)]
         name = ggml_type.lower()
         makers[f"torch_{name}"] = lambda weights=weights: timing.cycled(torch_linear, xs, weights)
-        for mode in ("exact", "int8"):
+        for mode in ("exact", "int8") if x.shape[0] > shapes.SMALL_M else ("exact",):  # which few tokens are in both
             makers[f"lowbit_{name}_{mode}"] = lambda weights=weights, mode=mode: lowbit_calls(xs, weights, mode)
     return peers.available(makers)
 
@@ -89,8 +91,14 @@ def demands(measured_rows: list[dict]) -> Iterator[results.Demand]:
         ("lowbit_q4_k_exact", "bf16", 0.9),
         ("lowbit_q8_0_exact", "bf16", 0.9),
     )
-    for layer in (layer for layer in shapes.LAYERS if not layer.tokens):
+    few = (
+        ("lowbit_q4_k_exact", "bf16", 1.0),
+        ("lowbit_q8_0_exact", "bf16", 1.0),
+        ("lowbit_q4_k_exact_graph", "bf16_graph", 1.0),
+        ("lowbit_q8_0_exact_graph", "bf16_graph", 1.0),
+    )
+    for layer in (layer for layer in shapes.LAYERS if layer.name != "llm_cond_proj"):
         for M in times.tokens(layer.N, layer.K):
-            for variant, peer, floor in floors:
+            for variant, peer, floor in few if M <= shapes.SMALL_M else floors:
                 speedup = times.speedup(variant, (peer,), M, layer.N, layer.K)
                 yield results.Demand(f"{layer.name} M={M}: {variant} / {peer}", speedup, floor)

@@ -1,4 +1,8 @@
-"""Unpacking of every GGML type alone, to bf16 and to INT8 rows, as a fraction of the copy bandwidth of the same run."""
+"""Unpacking of every GGML type alone, to bf16 and to INT8 rows, as a fraction of the copy bandwidth of the same run.
+
+`fraction_of_copy` compares with a copy of 1 GiB, `fraction_of_same_copy` with one that moves as many bytes as the
+unpacking. All but the large copy are replayed from CUDA graphs: the device's own time.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from ..kernels.unpack_to_int8 import unpack_to_int8
 from . import operands, results, shapes, timing
 
 CSV_NAME = "gguf_unpack.csv"
-COLUMNS = (*results.ENVIRONMENT, "variant", "N", "K", "ms", "gbps", "fraction_of_copy")
+COLUMNS = (*results.ENVIRONMENT, "variant", "N", "K", "ms", "gbps", "fraction_of_copy", "fraction_of_same_copy")
 
 COPY_BYTES = 2**30
 ROTATION_GROUP = 256
@@ -30,7 +34,8 @@ def unpack_rows(options: timing.Options, layer: shapes.Layer, types: list[str]) 
     source = torch.randint(0, 256, (COPY_BYTES if options.device.type == "cuda" else 1024,), dtype=torch.uint8)
     source = source.to(options.device)
     target = torch.empty_like(source)
-    variants = [timing.Variant("copy", [lambda: target.copy_(source)])]
+    large_copy = timing.Variant("copy", [lambda: target.copy_(source)])
+    variants = []
     moved = {"copy": 2 * source.nbytes}
     w = operands.normal(N, K, device=options.device, seed=1).float()
     for ggml_type in types:
@@ -52,9 +57,17 @@ def unpack_rows(options: timing.Options, layer: shapes.Layer, types: list[str]) 
             moved[f"{name}_to_int8{suffix}"] = blocks.nbytes + N * K
             calls = timing.cycled(lambda b, t=ggml_type, s=row_scale, g=group: unpack_to_int8(b, t, s, g), packed)
             variants.append(timing.Variant(f"{name}_to_int8{suffix}", calls))
-    times = options.measure(variants)
+    for size in {size for size in moved.values() if size < moved["copy"]}:
+        parts = [source[start : start + size // 2] for start in range(0, source.nbytes - size // 2 + 1, size // 2)]
+        copies = timing.cycled(lambda part, size=size: target[: size // 2].copy_(part), parts)
+        variants.append(timing.Variant(f"copy_{size}", copies))
+        moved[f"copy_{size}"] = size
+    times = options.measure([large_copy, *(timing.graphed(variant, variant.name) for variant in variants)])
     gbps = {name: moved[name] / ms / 1e6 for name, ms in times.items()}
     for name, ms in times.items():
+        if name.startswith("copy_"):
+            continue
+        same_copy = f"copy_{moved[name]}" if moved[name] < moved["copy"] else "copy"
         yield {
             "variant": name,
             "N": N,
@@ -62,6 +75,7 @@ def unpack_rows(options: timing.Options, layer: shapes.Layer, types: list[str]) 
             "ms": ms,
             "gbps": gbps[name],
             "fraction_of_copy": gbps[name] / gbps["copy"],
+            "fraction_of_same_copy": gbps[name] / gbps[same_copy],
         }
 
 

@@ -45,11 +45,7 @@ def linear_rows(options: timing.Options, layer: shapes.Layer, M: int) -> Iterato
     errors = {variant.name: operands.relative_error(variant.calls[0](), reference) for variant in variants}
     del reference
     if M <= shapes.SMALL_M:  # bound by launches: also what the device alone needs
-        for variant in tuple(variants):
-            try:
-                variants.append(timing.graphed(variant, f"{variant.name}_graph"))
-            except RuntimeError as error:
-                print(f"left out: {variant.name}_graph: it cannot be captured: {error}")
+        variants += timing.all_graphed(variants)
     yield from measured(options, layer, M, variants, errors)
 
 

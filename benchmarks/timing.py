@@ -124,6 +124,17 @@ def graphed(variant: Variant, name: str) -> Variant:
     return Variant(name, [functools.partial(_replay, graph, calls)], repeats=len(calls))
 
 
+def all_graphed(variants: Sequence[Variant]) -> list[Variant]:
+    """`<name>_graph` of every variant that can be captured; a line says which cannot."""
+    made = []
+    for variant in variants:
+        try:
+            made.append(graphed(variant, f"{variant.name}_graph"))
+        except RuntimeError as error:
+            print(f"left out: {variant.name}_graph: it cannot be captured: {error}")
+    return made
+
+
 def _replay(graph: torch.cuda.CUDAGraph, calls: Sequence[Callable[[], object]]) -> None:
     graph.replay()
 

@@ -221,12 +221,11 @@ class LowbitLinear:
         self, x: QuantizedActivations, weight: QuantizedWeight, bias: torch.Tensor | None
     ) -> torch.Tensor:
         xq, x_scale = x.codes_for(self._quantizer(x.device))
+        tune = self.lowbit_settings.tune
         if isinstance(weight, Int8Weight):
-            wq, w_scale = weight.data, weight.scale
-        else:
-            rotation_group = quantized_linear.row_rotation_group(weight)
-            wq, w_scale = unpack_to_int8(weight.data, weight.ggml_type, self._row_scale_of(weight), rotation_group)
-        return int8_linear(xq, x_scale, wq, w_scale, bias, x.dtype, self.lowbit_settings.tune)
+            return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype, tune)
+        row_scale = self._row_scale_of(weight)
+        return quantized_linear.ggml_weight_linear_of_codes(xq, x_scale, weight, bias, x.dtype, row_scale, tune)
 
     @property
     def mode(self) -> str:

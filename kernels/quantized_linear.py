@@ -6,7 +6,7 @@ per token and uses the INT8 product. Which calls INT8 pays for:
 | call | computed as | why |
 | --- | --- | --- |
 | at most 16 tokens, INT8 weight | int8 codes times float activations, in both modes | bound by reading weights |
-| at most 16 tokens, GGML weight | `exact` | the same |
+| at most 16 tokens, GGML weight | `exact`, blocks decoded within the product | the same |
 | 17 tokens and more | the mode asked for | INT8 units have at least twice the rate of bf16 |
 | `auto`, INT8 weight | `int8` with the Triton kernels, else `exact` | else quantizing costs more than it saves |
 | `auto`, GGML weight of less than 6 bits | `int8` with the Triton kernels, else `exact` | the same |
@@ -24,6 +24,8 @@ from ..formats import GgmlWeight, Int8Weight, QuantizedWeight, ggml
 from ..formats.int8 import rotate
 from . import weight_only_int8_linear as weight_only
 from .capability import triton_refusal
+from .ggml_int8_linear import ggml_int8_linear
+from .ggml_linear import ggml_linear
 from .int8_linear import OP as INT8_LINEAR
 from .int8_linear import int8_linear
 from .quantize_per_token import quantize_per_token
@@ -91,9 +93,26 @@ def ggml_weight_linear(
     row_scale: float32 [N, 1] that `unpack_to_int8` found for this weight before, rotated by `row_rotation_group`, or
     None to find it in this call. tune: whether the product may measure its configurations at the first call of a shape.
     """
-    if not wants_int8(x, mode):
+    if wants_int8(x, mode):
+        xq, x_scale = quantize_per_token(x, None, row_rotation_group(weight))
+        return ggml_weight_linear_of_codes(xq, x_scale, weight, bias, x.dtype, row_scale, tune)
+    if x.requires_grad:
         return torch.nn.functional.linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)
-    rotation_group = row_rotation_group(weight)
-    wq, row_scale = unpack_to_int8(weight.data, weight.ggml_type, row_scale, rotation_group)
-    xq, x_scale = quantize_per_token(x, None, rotation_group)
-    return int8_linear(xq, x_scale, wq, row_scale, bias, x.dtype, tune)
+    return ggml_linear(x, weight.data, weight.ggml_type, bias)
+
+
+def ggml_weight_linear_of_codes(
+    xq: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: GgmlWeight,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    row_scale: torch.Tensor | None = None,
+    tune: bool = True,
+) -> torch.Tensor:
+    """`ggml_weight_linear` in mode `int8` for xq int8 [..., K] and x_scale float32 [..., 1], quantized per token and
+    rotated by `row_rotation_group`. Returns out_dtype."""
+    group = row_rotation_group(weight)
+    if row_scale is None:
+        row_scale = unpack_to_int8(weight.data, weight.ggml_type, None, group)[1]
+    return ggml_int8_linear(xq, x_scale, weight.data, weight.ggml_type, row_scale, group, bias, out_dtype, tune)

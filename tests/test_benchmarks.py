@@ -267,10 +267,11 @@ def test_quantize_yields_complete_rows(small):
 def test_gguf_linear_yields_complete_rows(small):
     rows = list(bench_gguf_linear.rows(small))
     assert complete(bench_gguf_linear, rows)
-    modes = ("exact", "int8")
-    ours = {f"lowbit_{name}_{mode}" for name in ("q4_k", "q8_0") for mode in modes}
-    assert {row["variant"] for row in rows} == {"bf16", "torch_q4_k", "torch_q8_0"} | ours
-    error = {row["variant"]: row["error"] for row in rows}
+    few = {"bf16", "torch_q4_k", "torch_q8_0", "lowbit_q4_k_exact", "lowbit_q8_0_exact"}
+    many = few | {"lowbit_q4_k_int8", "lowbit_q8_0_int8"}
+    for M, variants in {24: many, 20: many, 1: few | {f"{name}_graph" for name in few}}.items():
+        assert {row["variant"] for row in rows if row["M"] == M} == variants
+    error = {row["variant"]: row["error"] for row in rows if row["M"] == 24}
     assert error["torch_q8_0"] == pytest.approx(error["lowbit_q8_0_exact"], rel=0.01)
     assert error["bf16"] < error["torch_q8_0"] < 1e-2 < error["torch_q4_k"] < 0.1
     assert error["lowbit_q8_0_int8"] < 2e-2 and error["lowbit_q4_k_int8"] < 1.15 * error["torch_q4_k"]

@@ -12,11 +12,13 @@ OP = Op(__name__, ("triton_impl", "reference"))
 
 @dataclasses.dataclass(frozen=True)
 class UnpackCall:
-    """One checked call: `blocks` uint8 [N, row bytes], the GGML type's name, the dtype wanted."""
+    """One checked call: `blocks` uint8 [N, row bytes], the GGML type's name, the dtype wanted. in_scratch: whether the
+    result may lie in memory that the next call overwrites (`kernels.scratch`)."""
 
     blocks: torch.Tensor
     ggml_type: str
     dtype: torch.dtype
+    in_scratch: bool = False
 
 
 def unpack(blocks: torch.Tensor, ggml_type: str, dtype: torch.dtype) -> torch.Tensor:

@@ -25,6 +25,7 @@ import triton.language as tl
 from ...formats import ggml
 from ...formats.ggml.iq4 import TABLE
 from ..capability import interpreted, triton_refusal
+from ..scratch import scratch
 
 if TYPE_CHECKING:
     from . import UnpackCall
@@ -53,7 +54,7 @@ def run(call: UnpackCall) -> torch.Tensor:
     # The interpreter cuts a float32 off to bfloat16 where a device rounds it.
     dtype = torch.float32 if interpreted() else call.dtype
     shape = (blocks.shape[0], ggml.logical_K(call.ggml_type, blocks.shape[1]))
-    w = torch.empty(shape, dtype=dtype, device=blocks.device)
+    w = (scratch if call.in_scratch else empty)(shape, dtype, blocks.device)
     if w.numel():
         launch(blocks, call.ggml_type, w, STORES, NUM_WARPS)
     return w.to(call.dtype)
@@ -67,6 +68,10 @@ def launch(blocks: torch.Tensor, ggml_type: str, w: torch.Tensor, stores: int, n
         _unpack_kernel[(triton.cdiv(units, tile["UNITS"] * tile["TILES"]),)](
             blocks, w, units, num_warps=num_warps, **tile, **decoder.constants(ggml_type)
         )
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def aligned(blocks: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,13 @@ OP = Op(__name__, ("triton_impl", "reference"))
 @dataclasses.dataclass(frozen=True)
 class UnpackToInt8Call:
     """One checked call: `blocks` uint8 [N, row bytes], the GGML type's name, `row_scale` float32 [N, 1] or None to
-    find it, `rotation_group` 0 or a divisor of K."""
+    find it, `rotation_group` 0 or a divisor of K. in_scratch: as in `unpack`."""
 
     blocks: torch.Tensor
     ggml_type: str
     row_scale: torch.Tensor | None
     rotation_group: int = 0
+    in_scratch: bool = False
 
 
 def unpack_to_int8(
@@ -27,10 +28,11 @@ def unpack_to_int8(
     """Unpack a quantized weight for the INT8 product.
 
     blocks: uint8 [N, row bytes]. row_scale: float32 [N, 1], the absmax of a row / 127 on the float32 values, kept by
-    the caller from an earlier call; None finds it. rotation_group: 0, or the size of the Hadamard groups that the
-    float32 values are rotated by along K first; the activations of the product are to be rotated likewise. Returns wq
-    int8 [N, K], within [-127, 127], and row_scale. A row that holds a NaN or an infinity gets that as its scale, and
-    codes without a meaning.
+    the caller from an earlier call with these blocks; None finds it. A smaller scale than that is not noticed: codes
+    beyond int8 wrap around. rotation_group: 0, or the size of the Hadamard groups that the float32 values are rotated
+    by along K first; the activations of the product are to be rotated likewise. Returns wq int8 [N, K], within
+    [-127, 127], and row_scale. A row that holds a NaN or an infinity gets that as its scale, and codes without a
+    meaning.
     Raises ValueError for blocks or scales whose shape or dtype does not fit, and for a group that does not fit K.
     """
     if blocks.dtype != torch.uint8 or blocks.dim() != 2 or blocks.shape[1] == 0:

@@ -1,5 +1,4 @@
-"""wq = clamp(round(w * (1 / row_scale)), -127, 127) with w in float32, rotated or not; a chunk of rows at a time to
-bound the temporaries.
+"""wq = round(w * (1 / row_scale)) with w in float32, rotated or not; in chunks of rows to bound the temporaries.
 
 One division a row, not one a value: a kernel that multiplies by the same reciprocal gives the same codes, for a tenth
 of the instructions that a division of float32 takes.
@@ -36,7 +35,7 @@ def run(call: UnpackToInt8Call) -> tuple[torch.Tensor, torch.Tensor]:
             w = rotate(w, call.rotation_group)
         if call.row_scale is None:
             row_scale[chunk] = symmetric_scale(w.abs().amax(dim=1, keepdim=True))
-        # The cast of a NaN to int8 is undefined: zero it, the scale already carries it.
+        # A row that is not finite says so in its scale; the cast of its codes to int8 would be undefined.
         codes = (w * row_scale[chunk].reciprocal()).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
         wq[chunk] = codes.to(torch.int8)
     return wq, row_scale

@@ -1,4 +1,4 @@
-"""wq = clamp(round(w * (1 / row_scale)), -127, 127) with w the float32 values of GGML blocks, which never reach memory.
+"""wq = round(w * (1 / row_scale)) with w the float32 values of GGML blocks, which never reach memory.
 
 The decoders and their tiles are those of `unpack`. Without rotation a program goes through tiles of units, and each
 unit finds its own row. With it a program decodes groups of 256 elements and rotates them by sums of four: H256 is H4 on
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from ...formats import ggml
-from ..unpack.triton_impl import DECODERS, aligned, blocks_refusal, first_element
+from ..scratch import scratch
+from ..unpack.triton_impl import DECODERS, aligned, blocks_refusal, empty, first_element
 
 if TYPE_CHECKING:
     from . import UnpackToInt8Call
@@ -41,7 +42,7 @@ def supports(call: UnpackToInt8Call) -> str | None:
 def run(call: UnpackToInt8Call) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = aligned(call.blocks)
     N, K = blocks.shape[0], ggml.logical_K(call.ggml_type, blocks.shape[1])
-    wq = torch.empty((N, K), dtype=torch.int8, device=blocks.device)
+    wq = (scratch if call.in_scratch else empty)((N, K), torch.int8, blocks.device)
     row_scale = call.row_scale
     if row_scale is None:
         row_scale = torch.empty((N, 1), dtype=torch.float32, device=blocks.device)
@@ -156,13 +157,13 @@ def _unpack_rotated_to_int8_kernel(
     start = tl.program_id(0) * GROUPS
     last = groups - 1 - start
     blocks_ptr += (start * (256 // (PLANES * RUN)) // BLOCK_UNITS).to(tl.int64) * TYPE_SIZE
-    quarters = _rotated(blocks_ptr, last, DECODE, TYPE_SIZE, BLOCK_UNITS, RUN, PLANES, SPLIT, GROUPS)
     row = tl.arange(0, GROUPS * 4)[:, None]
     group = tl.minimum(row // 4, last)
     inverse = tl.div_rn(1.0, tl.load(row_scale_ptr + (start + group) // ROW_GROUPS))
+    quarters = _rotated(blocks_ptr, last, inverse, DECODE, TYPE_SIZE, BLOCK_UNITS, RUN, PLANES, SPLIT, GROUPS)
     wq_ptrs = wq_ptr + start.to(tl.int64) * 256 + group * 256 + row % 4 * 16 + tl.arange(0, 16)[None, :]
     for quarter in tl.static_range(4):
-        tl.store(wq_ptrs + quarter * 64, _code(quarters[quarter] * inverse))
+        tl.store(wq_ptrs + quarter * 64, _code(quarters[quarter]))
 
 
 @triton.jit(do_not_specialize=["row_bytes", "parts"])
@@ -188,7 +189,7 @@ def _row_scale_kernel(
         if ROTATE:
             block = blocks_ptr + start * (256 // (PLANES * RUN)) // BLOCK_UNITS * TYPE_SIZE
             last = parts - 1 - start
-            quarters = _rotated(block, last, DECODE, TYPE_SIZE, BLOCK_UNITS, RUN, PLANES, SPLIT, PARTS)
+            quarters = _rotated(block, last, 1.0, DECODE, TYPE_SIZE, BLOCK_UNITS, RUN, PLANES, SPLIT, PARTS)
             for quarter in tl.static_range(4):
                 absmax = tl.maximum(absmax, _magnitude_bits(quarters[quarter]))
         else:
@@ -210,10 +211,9 @@ def _magnitude_bits(values):
 
 @triton.jit
 def _code(scaled):
-    """int8: rounded with halves to even, within [-127, 127]; a NaN gives 0."""
+    """int8: rounded with halves to even. scaled: within [-127, 127] but for rounding, as the row's scale makes it."""
     # 1.5 * 2**23 leaves no fraction bits: adding it rounds, and the low byte of the sum is the code. It is offset by
     # 128, which an integer instruction takes back: see `store_codes` of quantize_per_token.
-    scaled = tl.where(scaled == scaled, tl.clamp(scaled, -127.0, 127.0), 0.0)
     return ((scaled + (12582912.0 + 128.0)).to(tl.int32, bitcast=True) ^ 128).to(tl.int8)
 
 
@@ -221,6 +221,7 @@ def _code(scaled):
 def _rotated(
     blocks_ptr,
     last,
+    factor,
     DECODE: tl.constexpr,
     TYPE_SIZE: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
@@ -229,8 +230,8 @@ def _rotated(
     SPLIT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Rotated groups from blocks_ptr on, those beyond `last` being it again: the four quarters of each group, float32
-    [GROUPS * 4, 16] with a row for every 16 elements."""
+    """Rotated groups from blocks_ptr on times the factor ([GROUPS * 4, 1] or a number), those beyond `last` being it
+    again: the four quarters of each group, float32 [GROUPS * 4, 16] with a row for every 16 elements."""
     group_units: tl.constexpr = 256 // (PLANES * RUN)
     unit = tl.arange(0, GROUPS * group_units)[:, None]
     unit = tl.minimum(unit // group_units, last) * group_units + unit % group_units
@@ -253,7 +254,7 @@ def _rotated(
     # [group, quarter, row, element] -> [group, row, element, quarter]
     x = tl.reshape(tl.permute(tl.reshape(x, (GROUPS, 4, 4, 16)), (0, 2, 3, 1)), (rows, 64))
     x0, x1, x2, x3 = _split_digit(x, rows)
-    return _times_h4(x0, x1, x2, x3, 1.0 / 16)
+    return _times_h4(x0, x1, x2, x3, factor * (1.0 / 16))
 
 
 @triton.jit
@@ -266,12 +267,8 @@ def _split_digit(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _times_h4(x0, x1, x2, x3, SCALE: tl.constexpr):
-    """Times 2 * SCALE * H4, the regular Hadamard matrix: all ones and -1 where the indices sum to 3, halved."""
-    total = ((x0 + x1) + (x2 + x3)) * SCALE
-    return (
-        total - 2 * SCALE * x3,
-        total - 2 * SCALE * x2,
-        total - 2 * SCALE * x1,
-        total - 2 * SCALE * x0,
-    )
+def _times_h4(x0, x1, x2, x3, scale):
+    """Times 2 * scale * H4, the regular Hadamard matrix: all ones and -1 where the indices sum to 3, halved."""
+    total = ((x0 + x1) + (x2 + x3)) * scale
+    twice = 2.0 * scale
+    return total - twice * x3, total - twice * x2, total - twice * x1, total - twice * x0

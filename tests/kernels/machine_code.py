@@ -284,6 +284,14 @@ def calls_of_weight_only_int8_linear(op: ModuleType) -> Iterator[tuple[str, Any]
         yield label, op.WeightOnlyInt8LinearCall(x, wq, meta(18432, 1, dtype=torch.float32), meta(18432, dtype=dtype))
 
 
+def calls_of_ggml_linear(op: ModuleType) -> Iterator[tuple[str, Any]]:
+    from lowbit.kernels.unpack.triton_impl import DECODERS
+
+    for ggml_type, M in itertools.product(DECODERS, (1, 16)):
+        blocks, bias = _blocks(4608, ggml_type), meta(4608)
+        yield f"{ggml_type} M={M}", op.GgmlLinearCall(meta(M, 4608), blocks, ggml_type, bias)
+
+
 def calls_of_unpack(op: ModuleType) -> Iterator[tuple[str, Any]]:
     for ggml_type in _decoded_types(op):
         yield f"{ggml_type} bf16", op.UnpackCall(_blocks(4608, ggml_type), ggml_type, torch.bfloat16)
@@ -350,6 +358,7 @@ CALLS = {
     "gated_residual": calls_of_gated_residual,
     "gated_residual_norm_quantize": calls_of_gated_residual_norm_quantize,
     "weight_only_int8_linear": calls_of_weight_only_int8_linear,
+    "ggml_linear": calls_of_ggml_linear,
     "unpack": calls_of_unpack,
     "unpack_to_int8": calls_of_unpack_to_int8,
     "unpack_int8": calls_of_unpack_int8,

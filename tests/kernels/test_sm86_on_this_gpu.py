@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from lowbit.formats import int8
 from lowbit.kernels.gated_residual import gated_residual
 from lowbit.kernels.gated_residual_norm_quantize import gated_residual_norm_quantize
+from lowbit.kernels.ggml_linear import ggml_linear
 from lowbit.kernels.int8_linear import configs, int8_linear
 from lowbit.kernels.quantize_per_token import quantize_per_token
 from lowbit.kernels.rms_norm_scale_quantize import rms_norm_scale_quantize
@@ -243,6 +244,21 @@ def test_unpack(ggml_type, device, driver, as_sm86):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert torch.equal(as_sm86(unpack, blocks, ggml_type, dtype), by("reference", unpack, blocks, ggml_type, dtype))
     assert driver.launched == ["_unpack_kernel"] * 3
+
+
+@pytest.mark.parametrize("M", [1, 5, 16])
+@pytest.mark.parametrize("ggml_type", GGML_TYPES)
+def test_ggml_linear(ggml_type, M, device, driver, as_sm86):
+    """One token takes weights that are not rounded: a few hundredths of the dtype's eps of what is summed up."""
+    blocks = golden_blocks(ggml_type, device)[:33]
+    x = torch.randn(M, 768, generator=torch.Generator(device).manual_seed(M), device=device, dtype=torch.bfloat16)
+    y = as_sm86(ggml_linear, x, blocks, ggml_type)
+    values = by("reference", unpack, blocks, ggml_type, torch.float32).double()
+    expected = x.double() @ values.t()
+    eps = torch.finfo(torch.bfloat16).eps
+    noise = eps / 2 * (x.double().square() @ values.square().t()).sqrt()
+    assert bool(((y.double() - expected).abs() <= eps * expected.abs() + 5 * noise).all())
+    assert driver.launched == ["_ggml_linear_kernel"]
 
 
 @pytest.mark.parametrize("rotation_group", [0, 256], ids=["plain", "rotated"])
