@@ -19,7 +19,7 @@ from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from ..loaders.policy import is_part, quantizes
-from . import compat, fused_block, layouts
+from . import compat, conditioning, fused_block, layouts
 from .files import HostFile
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
@@ -121,6 +121,7 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     _check_complete(branch, settings)
     patcher.cached_patcher_init = (load_model, (request,))
     fused_block.fuse_blocks(adopt(patcher))
+    conditioning.keep_on_device(patcher)
     return patcher
 
 

@@ -141,6 +141,7 @@ class LowbitLinear:
         self.hook_patches: list[LowRankTerm] = []
         self._row_scale: torch.Tensor | None = None
         self._smooth: torch.Tensor | None = None
+        self._mode: str | None = None
         self.register_load_state_dict_post_hook(_keep_missing_keys)
 
     # Loading
@@ -230,8 +231,10 @@ class LowbitLinear:
     @property
     def mode(self) -> str:
         """`int8` or `exact`: how the weight as it is loaded computes; `exact` for one that is not quantized."""
-        weight = layouts.from_host(self.weight)
-        return "exact" if weight is None else self.lowbit_settings.mode_of(weight)
+        if self._mode is None:
+            weight = layouts.from_host(self.weight)
+            self._mode = "exact" if weight is None else self.lowbit_settings.mode_of(weight)
+        return self._mode
 
     def quantizer(self, x: torch.Tensor) -> Quantizer | None:
         """How a fused kernel may quantize what this layer reads, or None where the layer has to see the floats x.
@@ -265,7 +268,7 @@ class LowbitLinear:
     def register_parameter(self, name, param):
         """However the weight is replaced or moved, it comes through here: what was found out about the old one ends."""
         if name == "weight":
-            self._row_scale = self._smooth = None
+            self._row_scale = self._smooth = self._mode = None
         super().register_parameter(name, param)
 
     # What the host's patchers call

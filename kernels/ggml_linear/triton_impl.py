@@ -20,6 +20,9 @@ from ..weight_only_int8_linear import LARGEST_M
 if TYPE_CHECKING:
     from . import GgmlLinearCall
 
+# Output features of a program: one token's sums take registers for each place of a step, few leave room for programs.
+DIRECT_BLOCK_N = 8
+BLOCK_N = 16
 NUM_WARPS = 4
 STEP_ELEMENTS = 256  # of a row at a time: one super-block of the K types
 
@@ -42,7 +45,8 @@ def run(call: GgmlLinearCall) -> torch.Tensor:
     N = blocks.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     decoder = DECODERS[call.ggml_type]
-    block_n = 32 if N >= 8192 else 16  # enough programs to keep the memory busy
+    direct = M == 1
+    block_n = DIRECT_BLOCK_N if direct else BLOCK_N
     if M and N:
         with torch.cuda.device_of(y):
             _ggml_linear_kernel[(triton.cdiv(N, block_n),)](
@@ -55,7 +59,7 @@ def run(call: GgmlLinearCall) -> torch.Tensor:
                 K // decoder.unit_elements,
                 x.stride(0),
                 blocks.shape[1],
-                DIRECT=M == 1,
+                DIRECT=direct,
                 BLOCK_M=LARGEST_M,
                 BLOCK_N=block_n,
                 STEP_UNITS=max(1, STEP_ELEMENTS // decoder.unit_elements),

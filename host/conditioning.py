@@ -1,0 +1,35 @@
+"""Conditioning on the device once a sampling.
+
+The host keeps text features where the text encoder left them, on the CPU, and copies them to the device in every call
+of the model: for Ideogram 4, 54 MB from pageable memory, 9 ms of a call that takes 105 on an H200, while Python waits.
+"""
+
+from __future__ import annotations
+
+import torch
+from comfy.conds import CONDRegular
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+
+_KEY = "lowbit_conditioning"
+
+
+def keep_on_device(patcher: ModelPatcher) -> None:
+    """Have every sampling with this patcher, or a clone of it, start by moving its conditioning."""
+    patcher.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY)
+    patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, _sample)
+
+
+def _sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+    # These dictionaries are the guider's own, made for this sampling.
+    for conds in guider.conds.values():
+        for cond in conds:
+            moved = {name: _moved(value, noise.device) for name, value in cond.get("model_conds", {}).items()}
+            cond["model_conds"] = moved
+    return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+
+def _moved(value, device: torch.device):
+    if isinstance(value, CONDRegular) and isinstance(value.cond, torch.Tensor):
+        return value._copy_with(value.cond.to(device))
+    return value
