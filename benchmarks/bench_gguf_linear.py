@@ -17,7 +17,7 @@ from ..formats import GgmlWeight, ggml
 from ..kernels.dispatch import use_implementation
 from ..kernels.quantized_linear import ggml_weight_linear, row_rotation_group
 from ..kernels.unpack import unpack
-from ..kernels.unpack_to_int8 import unpack_to_int8
+from ..kernels.unpack_to_int8 import find_row_scale
 from . import bench_int8_linear, operands, peers, results, shapes, timing
 
 CSV_NAME = "gguf_linear.csv"
@@ -63,7 +63,7 @@ def linear_variants(x: torch.Tensor, w: torch.Tensor) -> list[timing.Variant]:
 
 def lowbit_calls(xs: list[torch.Tensor], weights: list[GgmlWeight], mode: str) -> list:
     first = weights[0]
-    row_scale = unpack_to_int8(first.data, first.ggml_type, None, row_rotation_group(first))[1]  # once, as at first use
+    row_scale = find_row_scale(first.data, first.ggml_type, row_rotation_group(first))  # once, as at first use
     return timing.cycled(lambda x, weight: ggml_weight_linear(x, weight, None, mode, row_scale), xs, weights)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..formats import ggml
 from ..kernels.unpack import unpack
-from ..kernels.unpack_to_int8 import unpack_to_int8
+from ..kernels.unpack_to_int8 import find_row_scale, unpack_to_int8
 from . import operands, results, shapes, timing
 
 CSV_NAME = "gguf_unpack.csv"
@@ -53,7 +53,7 @@ def unpack_rows(options: timing.Options, layer: shapes.Layer, types: list[str]) 
             )
         )
         for suffix, group in (("", 0), ("_rotated", ROTATION_GROUP)):
-            row_scale = unpack_to_int8(blocks, ggml_type, None, group)[1]
+            row_scale = find_row_scale(blocks, ggml_type, group)
             moved[f"{name}_to_int8{suffix}"] = blocks.nbytes + N * K
             calls = timing.cycled(lambda b, t=ggml_type, s=row_scale, g=group: unpack_to_int8(b, t, s, g), packed)
             variants.append(timing.Variant(f"{name}_to_int8{suffix}", calls))

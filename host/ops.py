@@ -21,7 +21,7 @@ from ..formats import Fp8Weight, GgmlWeight, Int8Weight, QuantizedWeight, int8
 from ..kernels import quantized_linear
 from ..kernels.int8_linear import int8_linear
 from ..kernels.unpack import unpack
-from ..kernels.unpack_to_int8 import unpack_to_int8
+from ..kernels.unpack_to_int8 import find_row_scale
 from . import layouts
 from .lora import LowRankTerm
 
@@ -262,7 +262,7 @@ class LowbitLinear:
             return None
         if self._row_scale is None or self._row_scale.device != weight.data.device:
             rotation_group = quantized_linear.row_rotation_group(weight)
-            self._row_scale = unpack_to_int8(weight.data, weight.ggml_type, None, rotation_group)[1]
+            self._row_scale = find_row_scale(weight.data, weight.ggml_type, rotation_group)
         return self._row_scale
 
     def register_parameter(self, name, param):

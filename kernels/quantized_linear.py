@@ -31,7 +31,7 @@ from .int8_linear import int8_linear
 from .quantize_per_token import quantize_per_token
 from .unpack import unpack
 from .unpack_int8 import unpack_int8
-from .unpack_to_int8 import unpack_to_int8
+from .unpack_to_int8 import find_row_scale
 
 SMALL_M = weight_only.LARGEST_M
 SMALLEST_EXACT_BITS = 6
@@ -90,7 +90,7 @@ def ggml_weight_linear(
 ) -> torch.Tensor:
     """y[..., N] = x[..., K] @ w[N, K].T + bias for a GGML weight; mode is `exact` or `int8`. Returns x's dtype.
 
-    row_scale: float32 [N, 1] that `unpack_to_int8` found for this weight before, rotated by `row_rotation_group`, or
+    row_scale: float32 [N, 1] that `find_row_scale` gave for this weight, rotated by `row_rotation_group`, or
     None to find it in this call. tune: whether the product may measure its configurations at the first call of a shape.
     """
     if wants_int8(x, mode):
@@ -114,5 +114,5 @@ def ggml_weight_linear_of_codes(
     rotated by `row_rotation_group`. Returns out_dtype."""
     group = row_rotation_group(weight)
     if row_scale is None:
-        row_scale = unpack_to_int8(weight.data, weight.ggml_type, None, group)[1]
+        row_scale = find_row_scale(weight.data, weight.ggml_type, group)
     return ggml_int8_linear(xq, x_scale, weight.data, weight.ggml_type, row_scale, group, bias, out_dtype, tune)

@@ -27,7 +27,7 @@ def ggml_int8_linear(
     """The linear layer on quantized activations and a GGML weight.
 
     xq: int8 [..., K], rotated as the rows are to be. x_scale: float32 [..., 1], per-token. blocks: uint8 [N, row bytes]
-    of the GGML type. row_scale: float32 [N, 1] that `unpack_to_int8` found for these blocks and this rotation_group.
+    of the GGML type. row_scale: float32 [N, 1] that `find_row_scale` gave for these blocks and this rotation_group.
     bias: [N] or None. tune: as in `int8_linear`. Returns [..., N] in out_dtype.
     Raises ValueError naming shapes and dtypes that do not fit, UnknownQuantizationError for the type.
     """
@@ -81,7 +81,7 @@ def _ggml_int8_linear(
     out_dtype: torch.dtype,
     tune: bool,
 ) -> torch.Tensor:
-    wq, _ = UNPACK_TO_INT8.run(UnpackToInt8Call(blocks, ggml_type, row_scale, rotation_group, in_scratch=True))
+    wq = UNPACK_TO_INT8.run(UnpackToInt8Call(blocks, ggml_type, row_scale, rotation_group, in_scratch=True))
     return INT8_LINEAR.run(Int8LinearCall(xq, x_scale, wq, row_scale, bias, out_dtype, tune))
 
 

@@ -6,6 +6,7 @@ of the instructions that a division of float32 takes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,19 +24,23 @@ def supports(call: UnpackToInt8Call) -> str | None:
     return None
 
 
-def run(call: UnpackToInt8Call) -> tuple[torch.Tensor, torch.Tensor]:
-    N, K = call.blocks.shape[0], ggml.logical_K(call.ggml_type, call.blocks.shape[1])
-    wq = torch.empty((N, K), dtype=torch.int8, device=call.blocks.device)
-    row_scale = call.row_scale
-    if row_scale is None:
-        row_scale = torch.empty((N, 1), dtype=torch.float32, device=call.blocks.device)
-    for chunk in row_chunks(N, K, call.blocks.device):
-        w = ggml.dequantize(call.blocks[chunk], call.ggml_type)
-        if call.rotation_group:
-            w = rotate(w, call.rotation_group)
-        if call.row_scale is None:
-            row_scale[chunk] = symmetric_scale(w.abs().amax(dim=1, keepdim=True))
+def run(call: UnpackToInt8Call) -> torch.Tensor:
+    wq = torch.empty((call.blocks.shape[0], call.K), dtype=torch.int8, device=call.blocks.device)
+    for rows, w in _weights(call):
         # A row that is not finite says so in its scale; the cast of its codes to int8 would be undefined.
-        codes = (w * row_scale[chunk].reciprocal()).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
-        wq[chunk] = codes.to(torch.int8)
-    return wq, row_scale
+        codes = (w * call.row_scale[rows].reciprocal()).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
+        wq[rows] = codes.to(torch.int8)
+    return wq
+
+
+def find_row_scale(call: UnpackToInt8Call) -> torch.Tensor:
+    row_scale = torch.empty((call.blocks.shape[0], 1), dtype=torch.float32, device=call.blocks.device)
+    for rows, w in _weights(call):
+        row_scale[rows] = symmetric_scale(w.abs().amax(dim=1, keepdim=True))
+    return row_scale
+
+
+def _weights(call: UnpackToInt8Call) -> Iterator[tuple[slice, torch.Tensor]]:
+    for rows in row_chunks(call.blocks.shape[0], call.K, call.blocks.device):
+        w = ggml.dequantize(call.blocks[rows], call.ggml_type)
+        yield rows, rotate(w, call.rotation_group) if call.rotation_group else w

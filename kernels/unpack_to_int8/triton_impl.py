@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...formats import ggml
 from ..scratch import scratch
 from ..unpack.triton_impl import DECODERS, aligned, blocks_refusal, empty, first_element
 
@@ -39,20 +38,23 @@ def supports(call: UnpackToInt8Call) -> str | None:
     return None
 
 
-def run(call: UnpackToInt8Call) -> tuple[torch.Tensor, torch.Tensor]:
+def run(call: UnpackToInt8Call) -> torch.Tensor:
     blocks = aligned(call.blocks)
-    N, K = blocks.shape[0], ggml.logical_K(call.ggml_type, blocks.shape[1])
-    wq = (scratch if call.in_scratch else empty)((N, K), torch.int8, blocks.device)
-    row_scale = call.row_scale
-    if row_scale is None:
-        row_scale = torch.empty((N, 1), dtype=torch.float32, device=blocks.device)
-        if N:
-            launch_row_scale(blocks, call.ggml_type, row_scale, K, call.rotation_group)
+    N = blocks.shape[0]
+    wq = (scratch if call.in_scratch else empty)((N, call.K), torch.int8, blocks.device)
     if N and call.rotation_group:
-        launch_rotated(blocks, call.ggml_type, row_scale.contiguous(), wq, ROTATED_GROUPS, ROTATED_WARPS)
+        launch_rotated(blocks, call.ggml_type, call.row_scale.contiguous(), wq, ROTATED_GROUPS, ROTATED_WARPS)
     elif N:
-        launch(blocks, call.ggml_type, row_scale.contiguous(), wq, STORES, NUM_WARPS)
-    return wq, row_scale
+        launch(blocks, call.ggml_type, call.row_scale.contiguous(), wq, STORES, NUM_WARPS)
+    return wq
+
+
+def find_row_scale(call: UnpackToInt8Call) -> torch.Tensor:
+    blocks = aligned(call.blocks)
+    row_scale = torch.empty((blocks.shape[0], 1), dtype=torch.float32, device=blocks.device)
+    if blocks.shape[0]:
+        launch_row_scale(blocks, call.ggml_type, row_scale, call.K, call.rotation_group)
+    return row_scale
 
 
 def launch(
@@ -69,6 +71,7 @@ def launch(
             units,
             ROW_UNITS=wq.shape[1] // decoder.unit_elements,
             num_warps=num_warps,
+            enable_fp_fusion=False,  # `_code` rounds a rounded product, as the definition does
             **tile,
             **decoder.constants(ggml_type),
         )

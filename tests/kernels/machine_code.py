@@ -300,7 +300,9 @@ def calls_of_unpack(op: ModuleType) -> Iterator[tuple[str, Any]]:
 def calls_of_unpack_to_int8(op: ModuleType) -> Iterator[tuple[str, Any]]:
     for ggml_type, group in itertools.product(_decoded_types(op), (0, 256)):
         blocks = _blocks(4608, ggml_type)
-        yield f"{ggml_type}{' rotated' if group else ''}", op.UnpackToInt8Call(blocks, ggml_type, None, group)
+        for row_scale in (None, meta(4608, 1, dtype=torch.float32)):
+            label = f"{ggml_type}{' rotated' if group else ''}{' row scale' if row_scale is None else ''}"
+            yield label, op.UnpackToInt8Call(blocks, ggml_type, row_scale, group)
 
 
 def calls_of_unpack_int8(op: ModuleType) -> Iterator[tuple[str, Any]]:
@@ -369,7 +371,9 @@ def launched(op: str, call: Any) -> list[Launch]:
     """What an op's Triton implementation launches for a call, whose tensors may be of the meta device."""
     made: list[Launch] = []
     with launches(made.append):
-        importlib.import_module(f"lowbit.kernels.{op}.triton_impl").run(call)
+        implementation = importlib.import_module(f"lowbit.kernels.{op}.triton_impl")
+        asks_for_scale = op == "unpack_to_int8" and call.row_scale is None
+        (implementation.find_row_scale if asks_for_scale else implementation.run)(call)
     return made
 
 

@@ -159,8 +159,7 @@ def test_quantized_ops_are_opaque_to_the_compiler(device):
     for rotation in ((), (256,)):
         arguments = (blocks, "Q4_K", row_scale, *rotation)
         torch.library.opcheck(torch.ops.lowbit.unpack_to_int8, arguments, test_utils=checks)
-        arguments = (blocks, "Q4_K", *rotation)
-        torch.library.opcheck(torch.ops.lowbit.unpack_to_int8_finding_scale, arguments, test_utils=checks)
+        torch.library.opcheck(torch.ops.lowbit.row_scale, (blocks, "Q4_K", *rotation), test_utils=checks)
     torch.library.opcheck(torch.ops.lowbit.quantize_per_token, (x, None, 256), test_utils=checks)
     linear = (xq, x_scale, wq, row_scale, None, torch.bfloat16, False)
     torch.library.opcheck(torch.ops.lowbit.int8_linear, linear, test_utils=checks)

@@ -163,7 +163,8 @@ def test_the_largest_linears_grids_fit(ggml_type, rotation_group, monkeypatch):
     pytest.importorskip("triton")
     stored = ggml.TYPES[ggml_type]
     blocks = torch.empty(4608, 53248 // stored.block_size * stored.type_size, dtype=torch.uint8, device="meta")
-    assert_grids_fit(monkeypatch, op, op.UnpackToInt8Call(blocks, ggml_type, None, rotation_group))
+    row_scale = torch.empty(4608, 1, device="meta")
+    assert_grids_fit(monkeypatch, op, op.UnpackToInt8Call(blocks, ggml_type, row_scale, rotation_group))
 
 
 def test_what_does_not_fit_is_refused():
