@@ -9,14 +9,16 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDERS = ("formats", "kernels", "loaders", "host", "nodes")
+FOLDERS = ("formats", "kernels", "loaders", "convert", "evaluation", "host", "nodes")
 
 # What a folder may import of the others; arrows of the architecture point this way.
 ALLOWED = {
     "formats": set(),
     "kernels": {"formats"},
     "loaders": {"formats"},
-    "host": {"formats", "kernels", "loaders"},
+    "convert": {"formats", "loaders"},
+    "evaluation": {"formats", "kernels", "loaders", "convert"},
+    "host": {"formats", "kernels", "loaders", "convert", "evaluation"},
     "nodes": {"host"},
 }
 HOST_PACKAGES = (

@@ -1,8 +1,14 @@
-// Shows the report of Inspect Quantized Model on the node itself: the page draws text outputs of its own nodes only.
+// Shows the reports of our nodes on the nodes themselves: the page draws text outputs of its own nodes only.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
-const NODE = "Lowbit_InspectQuantizedModel";
+const NODES = [
+    "Lowbit_InspectQuantizedModel",
+    "Lowbit_SaveAsInt8",
+    "Lowbit_SaveAsGguf",
+    "Lowbit_FragilityReport",
+    "Lowbit_VerifyQuantized",
+];
 
 function show(node, text) {
     let widget = node.widgets?.find((candidate) => candidate.name === "shown_report");
@@ -22,9 +28,9 @@ function show(node, text) {
 }
 
 app.registerExtension({
-    name: "Lowbit.InspectQuantizedModel",
+    name: "Lowbit.ShownReports",
     beforeRegisterNodeDef(nodeType, nodeData) {
-        if (nodeData.name !== NODE) {
+        if (!NODES.includes(nodeData.name)) {
             return;
         }
         const onExecuted = nodeType.prototype.onExecuted;

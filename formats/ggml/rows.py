@@ -14,6 +14,11 @@ from ..chunks import row_chunks
 from .block_type import GgmlType
 from .registry import TYPES, type_from_name
 
+# Types whose quantizer takes the elements' importance into account. The C library's Q8_0 ignores it too.
+USES_IMPORTANCE = ("Q4_K",)
+# Of the mean: a channel that a few pictures never used may be used by the next one.
+SMALLEST_IMPORTANCE = 1e-3
+
 
 def _resolve(ggml_type: GgmlType | str) -> GgmlType:
     return type_from_name(ggml_type) if isinstance(ggml_type, str) else ggml_type
@@ -60,7 +65,7 @@ def dequantize(blocks: torch.Tensor, ggml_type: GgmlType | str, dtype: torch.dty
     return values
 
 
-def quantize(values: torch.Tensor, ggml_type: GgmlType | str) -> torch.Tensor:
+def quantize(values: torch.Tensor, ggml_type: GgmlType | str, importance: torch.Tensor | None = None) -> torch.Tensor:
     """Floating [..., K] -> uint8 [..., row bytes], contiguous, on the same device.
 
     Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 give the bytes of ggml's reference code; Q4_K its own (see `q4_k.py`). Values that
@@ -76,6 +81,9 @@ def quantize(values: torch.Tensor, ggml_type: GgmlType | str) -> torch.Tensor:
         raise ValueError(f"values to quantize are floating point [..., K], found {described(values)}")
     K = values.shape[-1]
     row_bytes = row_size_bytes(ggml_type, K)
+    weights = None if importance is None else _checked_importance(importance, K, values.device)
+    if ggml_type.name not in USES_IMPORTANCE:
+        weights = None
     blocks = torch.empty((*values.shape[:-1], row_bytes), dtype=torch.uint8, device=values.device)
     if blocks.numel() == 0:
         return blocks
@@ -85,8 +93,26 @@ def quantize(values: torch.Tensor, ggml_type: GgmlType | str) -> torch.Tensor:
         if not bool(torch.isfinite(source).all()):
             raise ValueError(f"values to quantize to {ggml_type.name} must be finite, found NaN or infinity")
         target = rows_out[rows, _scaled(units, ggml_type.type_size)]
-        target.copy_(ggml_type.quantize_blocks(source.reshape(-1, ggml_type.block_size)).view(target.shape))
+        arguments = [source]
+        if weights is not None:
+            arguments.append(weights[_scaled(units, ggml_type.block_size)].expand_as(source))
+        units_of = [argument.reshape(-1, ggml_type.block_size) for argument in arguments]
+        target.copy_(ggml_type.quantize_blocks(*units_of).view(target.shape))
     return blocks
+
+
+def _checked_importance(importance: torch.Tensor, K: int, device: torch.device) -> torch.Tensor:
+    """The importance as float32 [K] with a mean of about 1 and nothing near zero; all alike where all are zero."""
+    if not importance.dtype.is_floating_point or tuple(importance.shape) != (K,):
+        raise ValueError(
+            f"the importance of input channels is floating point [{K}] (K={K}), found {described(importance)}"
+        )
+    weights = importance.detach().cpu().to(torch.float64)  # not every device has float64
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError("the importance of input channels must be finite and not negative")
+    mean = weights.mean()
+    weights = weights / mean if bool(mean > 0) else torch.ones_like(weights)
+    return weights.clamp_(min=SMALLEST_IMPORTANCE).to(device, torch.float32)
 
 
 def _chunks(rows: torch.Tensor, ggml_type: GgmlType, K: int) -> Iterator[tuple[slice, slice]]:

@@ -1,0 +1,117 @@
+"""A branch -> the tensors of a GGUF file. Two branches in one file lie under `cond.` and `uncond.`, as published."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from ..formats import GgmlWeight, ggml
+from ..loaders.branch import Branch
+from ..loaders.ideogram4 import is_ideogram4
+from .file_layout import OutputTensor
+from .gguf_header import INTEGERS, tensor_size_bytes
+from .policy import GgufPolicy
+from .record import LayerActivations
+from .request import Part
+from .source import floats_of, matrix_shape, part_of, row_slices
+from .tensor_plan import Pieces, TensorPlan, kept_dtype
+
+BRANCH_PREFIXES = {"conditional": "cond.", "unconditional": "uncond."}
+# What a layer becomes whose rows are no whole blocks of the type it should have, before the rest's type.
+FALLBACK = "Q8_0"
+_STORED = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+# Names by which files in circulation call an architecture, and a tensor that only it has.
+_ARCHITECTURES = {
+    "flux": "double_blocks.0.img_attn.norm.key_norm.scale",
+    "lumina2": "cap_embedder.1.weight",
+    "qwen_image": "transformer_blocks.0.img_mod.1.weight",
+    "wan": "blocks.0.self_attn.norm_q.weight",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufOptions:
+    """architecture: for `general.architecture`; None finds it, or leaves it out as many files do."""
+
+    policy: GgufPolicy
+    architecture: str | None = None
+
+
+def plan_gguf(part: Part, policy: GgufPolicy, device: torch.device | str = "cpu") -> list[TensorPlan]:
+    """What each weight of a branch becomes. Raises ValueError for a type that GGUF cannot hold.
+
+    A layer of `part.quantized` takes the policy's type, one of `part.protected` that of the rest, whatever rule names
+    it; any other weight takes the type of a rule that names it.
+    """
+    plans = []
+    for key, weight in part.branch.weights.items():
+        module = key.removesuffix(".weight")
+        is_matrix = len(weight.shape) >= 2 and key.endswith(".weight")
+        wanted = policy.wanted(module, module in part.quantized) if is_matrix and module not in part.protected else None
+        stored = _stored_type(key, weight, wanted, policy)
+        plans.append(_plan(key, weight, stored, part.record.get(module), part.prefix, device))
+    return plans
+
+
+def architecture_of(branch: Branch) -> str | None:
+    """The name by which its file, or files in circulation, call a model; None for an unknown one."""
+    named = branch.metadata.get("general.architecture")
+    if isinstance(named, str) and named:
+        return named
+    if is_ideogram4(branch.weights):
+        return "ideogram4"
+    return next((name for name, key in _ARCHITECTURES.items() if key in branch.weights), None)
+
+
+def _stored_type(key: str, weight, wanted: str | None, policy: GgufPolicy) -> str:
+    if isinstance(weight, torch.Tensor) and not weight.dtype.is_floating_point:
+        if weight.dtype not in _STORED:
+            raise ValueError(f"{key}: found {weight.dtype}, which GGUF does not hold. Convert to INT8 safetensors.")
+        return _STORED[weight.dtype]
+    K = matrix_shape(tuple(weight.shape))[1]
+    for name in (wanted, FALLBACK) if wanted else ():
+        if K % ggml.TYPES[name].block_size == 0:
+            return name
+    return policy.rest or _STORED[kept_dtype(weight)]
+
+
+def _plan(key, weight, stored: str, activations: LayerActivations | None, prefix: str, device) -> TensorPlan:
+    shape = tuple(weight.shape)
+    element_bytes = weight.dtype.itemsize if stored in INTEGERS else 0
+    output = OutputTensor(prefix + key, shape, stored, tensor_size_bytes(stored, shape, element_bytes))
+    rows_count = matrix_shape(shape)[0]
+
+    def compute() -> Pieces:
+        for rows in row_slices(shape):
+            start = rows.start * (output.size_bytes // max(1, rows_count))
+            yield output.name, start, _stored_rows(weight, rows, stored, activations, device)
+
+    return TensorPlan(key, (output,), compute)
+
+
+def _stored_rows(weight, rows: slice, stored: str, activations: LayerActivations | None, device) -> torch.Tensor:
+    if stored in INTEGERS:
+        return part_of(weight, rows)
+    if isinstance(weight, GgmlWeight) and weight.ggml_type == stored:
+        return part_of(weight, rows).data  # already what is asked for: nothing is lost twice
+    importance = None if activations is None else activations.mean_square
+    return ggml.quantize(floats_of(weight, rows, device), stored, importance)
+
+
+def most_common_type(plans: list[TensorPlan]) -> str:
+    """The type that holds most elements: what `general.file_type` speaks of."""
+    elements: dict[str, int] = {}
+    for plan in plans:
+        for tensor in plan.tensors:
+            elements[tensor.stored] = elements.get(tensor.stored, 0) + math.prod(tensor.shape)
+    return max(elements, key=elements.__getitem__)

@@ -1,0 +1,93 @@
+"""A branch -> INT8 safetensors in the host's own format, `int8_tensorwise` with a scale for each channel.
+
+    <module>.weight        int8 [N, K]
+    <module>.weight_scale  float32 [N, 1]
+    <module>.comfy_quant   the host's marker, JSON as bytes
+
+so stock ComfyUI loads a file of one branch. Two branches in one file lie under `conditional.` and `unconditional.`,
+which Lowbit's loader reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import torch
+
+from ..formats import Int8Weight, int8
+from .file_layout import OutputTensor
+from .request import Part
+from .safetensors_header import NAMES
+from .smoothing import DEFAULT_ALPHA, Factors
+from .source import floats_of, part_of, row_slices
+from .tensor_plan import Pieces, TensorPlan, kept_dtype, plain_pieces
+
+FORMAT = "int8_tensorwise"
+BRANCH_PREFIXES = {"conditional": "conditional.", "unconditional": "unconditional."}
+# The group sizes of ComfyUI's ConvRot, best first: a larger group spreads an outlier further.
+ROTATION_GROUPS = (256, 64, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Options:
+    """rotate: by ConvRot. alpha: of SmoothQuant, which an activation record switches on."""
+
+    rotate: bool = False
+    alpha: float = DEFAULT_ALPHA
+
+
+def plan_int8(
+    part: Part, options: Int8Options, factors: Mapping[str, Factors], device: torch.device | str = "cpu"
+) -> list[TensorPlan]:
+    """What each weight of a branch becomes: the layers of `part.quantized` INT8. factors: of smoothing, by key."""
+    plans = []
+    for key, weight in part.branch.weights.items():
+        make = _linear_plan if key.removesuffix(".weight") in part.quantized else _plain_plan
+        plans.append(make(key, weight, options, factors.get(key), part.prefix, device))
+    return plans
+
+
+def rotation_group(K: int) -> int:
+    """The largest group that divides K, 0 for none."""
+    return next((size for size in ROTATION_GROUPS if K % size == 0), 0)
+
+
+def _plain_plan(key, weight, options, factors, prefix, device) -> TensorPlan:
+    dtype, shape = kept_dtype(weight), tuple(weight.shape)
+    size_bytes = dtype.itemsize * torch.Size(shape).numel()
+    output = OutputTensor(prefix + key, shape, NAMES[dtype], size_bytes)
+    return TensorPlan(key, (output,), lambda: plain_pieces(output.name, weight, dtype, factors, device))
+
+
+def _linear_plan(key, weight, options, factors, prefix, device) -> TensorPlan:
+    N, K = weight.shape
+    group = rotation_group(K) if options.rotate else 0
+    marker = {"format": FORMAT} | ({"convrot": True, "convrot_groupsize": group} if group else {})
+    marker_bytes = torch.frombuffer(bytearray(json.dumps(marker).encode()), dtype=torch.uint8)
+    name = prefix + key
+    marker_name = name.removesuffix("weight") + "comfy_quant"
+    outputs = (
+        OutputTensor(name, (N, K), "I8", N * K),
+        OutputTensor(f"{name}_scale", (N, 1), "F32", 4 * N),
+        OutputTensor(marker_name, (marker_bytes.numel(),), "U8", marker_bytes.numel()),
+    )
+
+    def compute() -> Pieces:
+        for rows in row_slices((N, K)):
+            part = _quantized_rows(weight, rows, group, factors, device)
+            yield name, rows.start * K, part.data
+            yield f"{name}_scale", rows.start * 4, part.scale.expand(part.data.shape[0], 1)
+        yield marker_name, 0, marker_bytes
+
+    return TensorPlan(key, outputs, compute)
+
+
+def _quantized_rows(weight, rows, group, factors, device) -> Int8Weight:
+    if isinstance(weight, Int8Weight) and weight.rotation_group == group and weight.smooth is None and factors is None:
+        return part_of(weight, rows)  # already what is asked for: nothing is lost twice
+    values = floats_of(weight, rows, device)
+    if factors is not None:
+        values = factors.apply(values, rows)
+    return int8.quantize_weight(values, rotation_group=group)

@@ -1,0 +1,126 @@
+"""A whole conversion: open and check everything, find out what the options ask for, then write tensor by tensor.
+
+The same input and options give the same bytes on the same machine and device; elsewhere sums may take another order,
+and a code of rotated INT8 or a scale of Q4_K fall to its neighbour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+
+from ..loaders.errors import counted
+from . import gguf, int8
+from .file_layout import FileLayout
+from .gguf_header import gguf_layout
+from .progress import Report, Stage
+from .recipe import gguf_metadata, recipe_text, safetensors_metadata
+from .request import Part, Request, open_request
+from .safetensors_header import safetensors_layout
+from .smoothing import Factors, smoothing_factors
+from .source import Sources, file_hash
+from .tensor_plan import TensorPlan
+from .write_files import FilePlan, check_room, write_files
+
+Plans = list[TensorPlan]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A file that was written. quantized: linear layers that were; protected: those that someone asked to keep."""
+
+    path: str
+    size_bytes: int
+    quantized: int
+    protected: int
+
+    def __str__(self) -> str:
+        kept = f", {counted(self.protected, 'layer')} protected" if self.protected else ""
+        return f"{self.path}: {self.size_bytes / 1e9:.2f} GB, {counted(self.quantized, 'linear layer')} quantized{kept}"
+
+
+def convert_to_int8(
+    request: Request, options: int8.Int8Options, report: Report = lambda progress: None
+) -> list[Written]:
+    """Write INT8 safetensors. Raises ValueError and RuntimeError with a sentence for the person who asked."""
+    sources, parts = open_request(request, ".safetensors", int8.BRANCH_PREFIXES)
+    check_room(request.target, [each for part in parts for each in int8.plan_int8(part, options, {})])
+    plans = []
+    for part in parts:
+        factors = _smoothing(part, request, options.alpha, sources, report)
+        plans.append(int8.plan_int8(part, options, factors, request.device))
+    recipe = _recipe(request, {"format": int8.FORMAT, **dataclasses.asdict(options)}, sources, report)
+
+    def lay_out(head: Part, plans: Plans) -> FileLayout:
+        tensors = [tensor for plan in plans for tensor in plan.tensors]
+        return safetensors_layout(tensors, safetensors_metadata(head.branch.metadata, recipe))
+
+    return _write(request, parts, plans, lay_out, sources, report)
+
+
+def convert_to_gguf(
+    request: Request, options: gguf.GgufOptions, report: Report = lambda progress: None
+) -> list[Written]:
+    """Write GGUF. Raises ValueError and RuntimeError with a sentence for the person who asked."""
+    sources, parts = open_request(request, ".gguf", gguf.BRANCH_PREFIXES)
+    plans = [gguf.plan_gguf(part, options.policy, request.device) for part in parts]
+    check_room(request.target, [each for found in plans for each in found])
+    recipe = _recipe(request, {"format": "gguf", **dataclasses.asdict(options)}, sources, report)
+
+    def lay_out(head: Part, plans: Plans) -> FileLayout:
+        architecture = options.architecture or gguf.architecture_of(head.branch)
+        metadata = gguf_metadata(head.branch.metadata, recipe, architecture, gguf.most_common_type(plans))
+        return gguf_layout([tensor for plan in plans for tensor in plan.tensors], metadata)
+
+    return _write(request, parts, plans, lay_out, sources, report)
+
+
+def _recipe(request: Request, settings: dict, sources: Sources, report: Report) -> str:
+    paths = [file.path for file in sources.files]
+    advance = Stage("reading", sum(os.path.getsize(path) for path in paths), report).advance
+    settings = settings | {"protected": list(request.protected)}
+    if request.reports:
+        settings["protect_count"] = request.protect_count
+    read = {
+        "source_sha256": [file_hash(path, advance) for path in paths],
+        "activation_record_sha256": [file_hash(path) for path in request.records],
+        "fragility_report_sha256": [file_hash(path) for path in request.reports],
+    }
+    return recipe_text(settings | {name: hashes for name, hashes in read.items() if hashes})
+
+
+def _smoothing(part: Part, request: Request, alpha: float, sources: Sources, report: Report) -> dict[str, Factors]:
+    """The factors of a branch with an activation record."""
+    if not part.record:
+        return {}
+    weights, layers = part.branch.weights, part.quantized | part.protected
+    stage = Stage("smoothing", sum(math.prod(weights[f"{name}.weight"].shape) for name in layers), report)
+
+    def advance(elements: int) -> None:
+        stage.advance(elements)
+        sources.release()
+
+    return smoothing_factors(weights, part.quantized, part.record, alpha, request.device, advance)
+
+
+def _write(
+    request: Request,
+    parts: list[Part],
+    plans: list[Plans],
+    lay_out: Callable[[Part, Plans], FileLayout],
+    sources: Sources,
+    report: Report,
+) -> list[Written]:
+    """Write the plans of each part to its target; the first branch of a file speaks for it."""
+    files, written = [], []
+    for target in dict.fromkeys(part.target for part in parts):
+        inside = [part for part in parts if part.target == target]
+        tensors = [each for part, found in zip(parts, plans, strict=True) if part.target == target for each in found]
+        layout = lay_out(inside[0], tensors)
+        files.append(FilePlan(target, inside[0].branch.path, tensors, layout))
+        quantized, protected = (sum(len(getattr(p, kind)) for p in inside) for kind in ("quantized", "protected"))
+        written.append(Written(target, layout.size_bytes, quantized, protected))
+    write_files(files, request.overwrite, sources, report)
+    return written

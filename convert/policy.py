@@ -1,0 +1,123 @@
+"""Which layer becomes what: protected layers, and the types of a GGUF file by preset or JSON.
+
+A policy file for GGUF, all entries but `default` optional:
+
+    {"default": "Q4_K",                                    linear layers worth quantizing
+     "layers": {"*.feed_forward.w2": "Q8_0"},              by pattern or name, first match first; any weight
+     "rest": "BF16"}                                       everything else; without it F16 stays F16, the rest is BF16
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..formats import UnknownQuantizationError
+from ..formats.ggml import TYPES, type_from_name
+from ..loaders.errors import quoted
+from ..loaders.policy import is_part, quantizes
+from .record import FragileLayer
+
+WRITABLE = tuple(name for name, ggml_type in TYPES.items() if ggml_type.can_quantize)
+PRESETS = tuple(name.lower() for name in WRITABLE if TYPES[name].plain_dtype is None)
+_PLAIN = tuple(name for name, ggml_type in TYPES.items() if ggml_type.plain_dtype is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufPolicy:
+    """default: the type of linear layers worth quantizing. layers: type by pattern. rest: a plain type or None."""
+
+    default: str
+    layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rest: str | None = None
+
+    def wanted(self, module: str, quantize: bool) -> str | None:
+        """The type for a module's weight; None for the rest's. quantize: whether it is a layer worth quantizing."""
+        for pattern, name in self.layers.items():
+            if fnmatch.fnmatchcase(module, pattern):
+                return name
+        return self.default if quantize else None
+
+
+def read_policy(preset_or_path: str) -> GgufPolicy:
+    """A preset by name (`q4_k`), or a policy file. Raises ValueError."""
+    if preset_or_path in PRESETS:
+        return GgufPolicy(preset_or_path.upper())
+    try:
+        with open(preset_or_path, "rb") as file:
+            policy = json.loads(file.read(2**20))
+    except OSError as error:
+        raise ValueError(
+            f"policy {quoted(preset_or_path)}: found no such file ({error.strerror}), expected a policy file (JSON) or "
+            f"one of {', '.join(PRESETS)}."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{preset_or_path}: found no JSON ({error}), expected a policy.") from error
+    return _checked_policy(preset_or_path, policy)
+
+
+def _checked_policy(path: str, policy: object) -> GgufPolicy:
+    fields = {field.name for field in dataclasses.fields(GgufPolicy)}
+    if not isinstance(policy, dict) or "default" not in policy or not policy.keys() <= fields:
+        found = sorted(policy) if isinstance(policy, dict) else policy
+        raise ValueError(f"{path}: found {quoted(found)}, expected an object with default, and maybe layers and rest.")
+    layers, rest = policy.get("layers", {}), policy.get("rest")
+    if not isinstance(layers, dict):
+        raise ValueError(f"{path}: found {quoted(layers)} as layers, expected an object: pattern -> type.")
+    for name in (policy["default"], *layers.values()):
+        _check_type(path, name, WRITABLE)
+    if rest is not None:
+        _check_type(path, rest, _PLAIN)
+    return GgufPolicy(policy["default"], layers, rest)
+
+
+def _check_type(path: str, name: object, known: Sequence[str]) -> None:
+    if name in known:
+        return
+    reason = ""
+    if isinstance(name, str):
+        try:
+            reason = f" ({type_from_name(name).name} can only be read)" if name not in _PLAIN else ""
+        except UnknownQuantizationError:
+            reason = " (no such type)"
+    raise ValueError(f"{path}: found the type {quoted(name)}{reason}, expected one of {', '.join(known)}.")
+
+
+def linears_worth_quantizing(weights: Mapping[str, object]) -> list[str]:
+    """The modules whose weight is quantized unless someone says otherwise, in the model's order."""
+    shapes = {key.removesuffix(".weight"): w.shape for key, w in weights.items() if key.endswith(".weight")}
+    return [name for name, shape in shapes.items() if len(shape) == 2 and quantizes(name, *shape)]
+
+
+def protected_layers(
+    path: str, names: Sequence[str], wanted: Iterable[str], report: Sequence[FragileLayer] = (), count: int = 0
+) -> set[str]:
+    """Those of the linear layers `names` that stay unquantized.
+
+    wanted: names, parts of names (whole components between dots) or patterns with `*`, `?` and `[]`; each has to fit a
+    layer. report: its first `count` layers that are among `names` stay too. Raises ValueError.
+    """
+    protected = set()
+    for entry in wanted:
+        if any(character in entry for character in "*?["):
+            found = {name for name in names if fnmatch.fnmatchcase(name, entry)}
+        else:
+            found = {name for name in names if is_part(entry, name)}
+        if not found:
+            raise ValueError(
+                f"protected layers: {entry!r} fits no layer of {os.path.basename(path)} that would be quantized. Names "
+                f"look like {names[len(names) // 2]}."
+            )
+        protected |= found
+    if report:
+        known = [layer.name for layer in report if layer.name in set(names)]
+        if not known:
+            raise ValueError(
+                f"fragility report: none of its {len(report)} layers, such as {report[0].name}, is a layer of "
+                f"{os.path.basename(path)} that would be quantized. Pick the report of this model."
+            )
+        protected.update(known[:count])
+    return protected

@@ -1,0 +1,105 @@
+"""What someone asks for, opened and checked: everything that can be refused before time is spent is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+import torch
+
+from ..loaders import CheckpointError
+from ..loaders.branch import Branch
+from .output_file import check_targets
+from .policy import linears_worth_quantizing, protected_layers
+from .record import LayerActivations, check_record, read_activation_record, read_fragility_report
+from .source import Sources, open_sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to convert, for both kinds of result.
+
+    source: the checkpoint, with all branches that it holds. unconditional: the file of the unconditional branch, beside
+    which `source` gives the conditional one. target: the file to write. one_file: both branches in it, instead of the
+    second in `<target>_uncond`. protected, protect_count: see `policy.protected_layers`. reports, records: paths, one
+    for all branches or one for each. device: what computes.
+    """
+
+    source: str
+    target: str
+    unconditional: str | None = None
+    one_file: bool = False
+    overwrite: bool = False
+    protected: tuple[str, ...] = ()
+    reports: tuple[str, ...] = ()
+    protect_count: int = 17
+    records: tuple[str, ...] = ()
+    device: str = "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A branch to convert: the file it goes to, the prefix of its tensors there, and what was decided about its linear
+    layers. record: empty without one."""
+
+    branch: Branch
+    target: str
+    prefix: str
+    quantized: frozenset[str]
+    protected: frozenset[str]
+    record: Mapping[str, LayerActivations]
+
+
+def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> tuple[Sources, list[Part]]:
+    """The opened sources and what becomes of each branch. prefixes: of two branches in one file.
+
+    Raises ValueError with a sentence for the person who asked.
+    """
+    if not request.target.endswith(suffix):
+        raise ValueError(f"{request.target}: found another ending, expected {suffix}. Rename the file to write.")
+    if torch.device(request.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: found no CUDA device on this machine. Convert on the cpu.")
+    sources = open_sources(request.source, request.unconditional)
+    targets = _targets(request, len(sources.branches))
+    read = [file.path for file in sources.files]
+    check_targets(targets, [*read, *request.records, *request.reports], request.overwrite)
+    for what, paths in (("activation records", request.records), ("fragility reports", request.reports)):
+        if len(paths) > len(targets):
+            raise ValueError(f"{what}: found {len(paths)}, expected one, or one for each of {len(targets)} branches.")
+    parts = []
+    for index, (branch, target) in enumerate(zip(sources.branches, targets, strict=True)):
+        prefix = prefixes[branch.name] if targets.count(target) > 1 else ""
+        parts.append(_part(request, index, branch, target, prefix))
+    return sources, parts
+
+
+def _targets(request: Request, branches: int) -> list[str]:
+    """The file of each branch."""
+    if branches == 1 or request.one_file:
+        return [request.target] * branches
+    root, suffix = os.path.splitext(request.target)
+    return [request.target, f"{root}_uncond{suffix}"]
+
+
+def _part(request: Request, index: int, branch: Branch, target: str, prefix: str) -> Part:
+    linears = linears_worth_quantizing(branch.weights)
+    if not linears:
+        raise CheckpointError(
+            branch.path,
+            found="no linear layer that is worth quantizing",
+            expected="a diffusion transformer",
+            todo="Text encoders, VAEs, LoRAs and small models stay as they are.",
+        )
+    report = read_fragility_report(_of_branch(request.reports, index)) if request.reports else ()
+    protected = protected_layers(branch.path, linears, request.protected, report, request.protect_count)
+    record = {}
+    if request.records:
+        path = _of_branch(request.records, index)
+        record = read_activation_record(path)
+        check_record(path, record, branch.weights)
+    return Part(branch, target, prefix, frozenset(linears) - protected, frozenset(protected), record)
+
+
+def _of_branch(paths: tuple[str, ...], index: int) -> str:
+    return paths[min(index, len(paths) - 1)]

@@ -1,0 +1,164 @@
+"""A quantized file against its source, tensor by tensor: the error of what the bytes mean, and what looks broken.
+
+The error of a smoothed weight is counted as activations meet it, smoothed: that is where it was made to be small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..convert.smoothing import Factors
+from ..convert.source import floats_of, row_slices
+from ..formats import Int8Weight, QuantizedWeight
+from ..loaders.ideogram4 import TEXT_ONLY_MODULES
+from .folded import folded_smoothing
+from .metrics import EXACT_DB, energy, sqnr_db
+from .pairs import Files, Pair, open_pairs
+
+# SQNR in dB below which a weight does not look like a quantization of its source, by the beginning of its format's
+# name, first match first. About 10 dB under what normally distributed weights give, a third of it for 2 and 3 bits; a
+# scale off by a half or rows in another order come out at 6 dB and less.
+FLOORS_DB = {
+    "int8": 24.0,
+    "fp8": 20.0,
+    "gguf_q8_0": 34.0,
+    "gguf_q6_k": 24.0,
+    "gguf_q5": 20.0,
+    "gguf_q4": 13.0,
+    "gguf_iq4": 13.0,
+    "gguf_q3": 9.0,
+    "gguf_q2": 5.0,
+    "": 34.0,  # bf16, fp16, fp32: 10 dB under bf16 with a few tiny weights
+}
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+Advance = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCheck:
+    """One tensor of a branch. format: as it is stored now. sqnr_db: None where nothing could be compared.
+
+    problems: phrases for people, empty for a sound tensor.
+    """
+
+    name: str
+    format: str
+    sqnr_db: float | None
+    problems: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchCheck:
+    """smoothed: how many weights carry folded smoothing, as their source then does too. linears_only: see `Pair`."""
+
+    quantized_path: str
+    source_path: str
+    name: str
+    tensors: list[TensorCheck]
+    smoothed: int
+    linears_only: bool
+
+    @property
+    def broken(self) -> list[TensorCheck]:
+        return [check for check in self.tensors if check.problems]
+
+
+@torch.inference_mode()
+def verify(
+    files: Files, device: torch.device | str = "cpu", progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[BranchCheck]:
+    """Compare every branch. progress: hears of the bytes read of the quantized files, done and in all.
+
+    Nothing larger than some rows is in memory at a time. Raises CheckpointError for files that cannot be compared.
+    """
+    pairs, opened = open_pairs(files)
+    total, done = sum(_size_bytes(weight) for pair in pairs for weight in pair.quantized.weights.values()), 0
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        progress(done, total)
+        for file in opened:
+            file.release()
+
+    return [_check_branch(pair, device, advance) for pair in pairs]
+
+
+def _check_branch(pair: Pair, device, advance: Advance) -> BranchCheck:
+    quantized, source = pair.quantized.weights, pair.source.weights
+    factors = folded_smoothing(quantized, source, device)
+    checks = []
+    for key, expected in source.items():
+        if key in quantized:
+            checks.append(check_tensor(key, quantized[key], expected, factors.get(key), device))
+            advance(_size_bytes(quantized[key]))
+        elif not (pair.name == "unconditional" and key.startswith(TEXT_ONLY_MODULES)):
+            checks.append(TensorCheck(key, "-", None, ("missing in the quantized file",)))
+    for key in quantized.keys() - source.keys():
+        checks.append(TensorCheck(key, format_name(quantized[key]), None, ("not in the source",)))
+        advance(_size_bytes(quantized[key]))
+    paths = pair.quantized.path, pair.source.path
+    return BranchCheck(*paths, pair.name, _worst_first(checks), len(factors), pair.linears_only)
+
+
+def _worst_first(checks: list[TensorCheck]) -> list[TensorCheck]:
+    return sorted(checks, key=lambda check: (not check.problems, EXACT_DB if check.sqnr_db is None else check.sqnr_db))
+
+
+def check_tensor(
+    key: str,
+    actual: torch.Tensor | QuantizedWeight,
+    expected: torch.Tensor | QuantizedWeight,
+    factors: Factors | None = None,
+    device: torch.device | str = "cpu",
+) -> TensorCheck:
+    """factors: what the expected values were multiplied by before they were quantized."""
+    name, shape = format_name(actual), tuple(expected.shape)
+    if tuple(actual.shape) != shape:
+        return TensorCheck(key, name, None, (f"shape {list(actual.shape)}, in the source {list(shape)}",))
+    if not math.prod(shape):
+        return TensorCheck(key, name, EXACT_DB)
+    if isinstance(actual, torch.Tensor) and not actual.dtype.is_floating_point:
+        same = isinstance(expected, torch.Tensor) and torch.equal(actual, expected)
+        return TensorCheck(key, name, EXACT_DB if same else None, () if same else ("other numbers than the source",))
+    smooth = actual.smooth.to(device) if isinstance(actual, Int8Weight) and actual.smooth is not None else None
+    signal = noise = largest = 0.0
+    for rows in row_slices(shape):
+        values, reference = floats_of(actual, rows, device), floats_of(expected, rows, device)
+        if factors is not None:
+            reference = factors.apply(reference, rows)
+        if smooth is not None:
+            values, reference = values / smooth, reference / smooth
+        if not bool(torch.isfinite(values).all()):
+            return TensorCheck(key, name, None, ("NaN or infinity",))
+        largest = max(largest, float(values.abs().max()))
+        signal += energy(reference)
+        noise += energy(values - reference)
+    if not math.isfinite(signal):
+        return TensorCheck(key, name, None, ("the source has NaN or infinity",))
+    found_db = sqnr_db(signal, noise)
+    if largest == 0 and signal > 0:
+        return TensorCheck(key, name, found_db, ("all zero",))
+    # A quantized source is no nearer to the original than its own format allows.
+    floor = min(floor_db(name), floor_db(format_name(expected)))
+    problems = (f"{found_db:.1f} dB, expected at least {floor:.0f} for {name}",) if found_db < floor else ()
+    return TensorCheck(key, name, found_db, problems)
+
+
+def floor_db(format: str) -> float:
+    return next(floor for beginning, floor in FLOORS_DB.items() if format.startswith(beginning))
+
+
+def format_name(weight: torch.Tensor | QuantizedWeight) -> str:
+    if isinstance(weight, QuantizedWeight):
+        return weight.format_name
+    return _DTYPE_NAMES.get(weight.dtype, str(weight.dtype).removeprefix("torch."))
+
+
+def _size_bytes(weight: torch.Tensor | QuantizedWeight) -> int:
+    return weight.size_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes

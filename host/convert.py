@@ -1,0 +1,146 @@
+"""Conversions as nodes run them: files from the host's folders, its progress bar, its interrupt, its device."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ..convert.gguf import GgufOptions
+from ..convert.int8 import Int8Options
+from ..convert.job import Written, convert_to_gguf, convert_to_int8
+from ..convert.policy import PRESETS, read_policy
+from ..convert.progress import Progress
+from ..convert.request import Request
+from ..convert.source import open_sources
+from ..loaders.errors import CheckpointError
+from . import files, model
+
+logger = logging.getLogger(__name__)
+
+POLICIES = PRESETS
+DEVICES = ("default", "cpu")
+BRANCH_FILES = ("one file each", "one file for both")
+# In the output folder: the host looks for diffusion models there too.
+TARGET_FOLDER = files.MODEL_FOLDER
+# What the temporaries of a few rows take on a GPU.
+_DEVICE_BYTES = 2 * 2**30
+_LOG_INTERVAL_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveRequest:
+    """What the save nodes share.
+
+    checkpoint: a picked file. unconditional: another one, or `same file`. filename: of the result without its ending,
+    in the output folder's TARGET_FOLDER. branches: one of BRANCH_FILES. protected, reports, records: texts of names,
+    separated by commas; files are named from the output folder. device: one of DEVICES.
+    """
+
+    checkpoint: str
+    unconditional: str
+    filename: str
+    branches: str
+    overwrite: bool
+    protected: str = ""
+    reports: str = ""
+    protect_count: int = 17
+    records: str = ""
+    device: str = DEVICES[0]
+
+
+def save_as_int8(request: SaveRequest, convrot: bool, smoothing_alpha: float) -> str:
+    """Write INT8 safetensors; returns what was written, for the page. Raises ValueError and RuntimeError."""
+    options = Int8Options(convrot, smoothing_alpha)
+    return _run(request, ".safetensors", lambda asked, report: convert_to_int8(asked, options, report))
+
+
+def save_as_gguf(request: SaveRequest, policy: str, policy_file: str = "") -> str:
+    """Write GGUF; returns what was written, for the page. policy_file: replaces the policy. Raises as above."""
+    chosen = read_policy(_in_output_folder(policy_file) if policy_file.strip() else policy)
+    return _run(request, ".gguf", lambda asked, report: convert_to_gguf(asked, GgufOptions(chosen), report))
+
+
+def _run(request: SaveRequest, suffix: str, convert: Callable[[Request, Callable], list[Written]]) -> str:
+    try:
+        asked = _request(request, suffix)
+        _refuse_diffusers(asked)
+        start = time.monotonic()
+        written = convert(asked, _Report())
+    except CheckpointError as error:
+        # The page puts the error's type before its text, and the type of a custom node is a path.
+        raise ValueError(str(error)) from error
+    return "\n".join([*map(str, written), f"{time.monotonic() - start:.0f} s"])
+
+
+def _request(request: SaveRequest, suffix: str) -> Request:
+    filename = request.filename.strip().removesuffix(suffix)
+    if not filename:
+        raise ValueError("filename: found none, expected a name for the file to write.")
+    target = _in_output_folder(os.path.join(TARGET_FOLDER, filename + suffix))
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    device = torch.device("cpu")
+    if request.device == DEVICES[0]:
+        device = comfy.model_management.get_torch_device()
+        comfy.model_management.free_memory(_DEVICE_BYTES, device)
+    return Request(
+        source=files.full_path(request.checkpoint),
+        target=target,
+        unconditional=None if request.unconditional == model.SAME_FILE else files.full_path(request.unconditional),
+        one_file=request.branches == BRANCH_FILES[1],
+        overwrite=request.overwrite,
+        protected=_names(request.protected),
+        reports=tuple(map(_in_output_folder, _names(request.reports))),
+        protect_count=request.protect_count,
+        records=tuple(map(_in_output_folder, _names(request.records))),
+        device=str(device),
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _in_output_folder(name: str) -> str:
+    """The path of a name in the host's output folder. Raises ValueError for one outside it."""
+    folder = folder_paths.get_output_directory()
+    path = os.path.normpath(os.path.join(folder, name.strip()))
+    if not folder_paths.is_within_directory(folder, path):
+        raise ValueError(f"{name}: lies outside ComfyUI's output folder {folder}. Name a file inside it.")
+    return path
+
+
+def _refuse_diffusers(request: Request) -> None:
+    """ComfyUI renames and joins such weights while loading, which quantized ones do not allow: see `host/model.py`."""
+    for branch in open_sources(request.source, request.unconditional).branches:
+        if model._is_diffusers(model.host_state_dict(branch, torch.bfloat16)):
+            raise CheckpointError(
+                branch.path,
+                found=f"the names of the diffusers library, such as {next(iter(branch.weights))}",
+                expected="the names of the model's original release",
+                todo="Load the file with Load Diffusion Model (INT8), which quantizes it, and save it with Save Model.",
+            )
+
+
+class _Report:
+    """Progress for the host's bar and log; stops where the user pressed Cancel."""
+
+    def __init__(self) -> None:
+        self._stage, self._bar, self._next_s = None, None, 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if progress.stage != self._stage:
+            self._stage, self._bar = progress.stage, comfy.utils.ProgressBar(progress.total_bytes)
+        self._bar.update_absolute(progress.done_bytes)
+        now = time.monotonic()
+        if now >= self._next_s:
+            self._next_s = now + _LOG_INTERVAL_S
+            logger.info("Lowbit: %s", progress)

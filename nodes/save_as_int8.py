@@ -1,0 +1,68 @@
+from comfy_api.latest import io, ui
+
+from ..host import convert
+from . import save_inputs
+
+
+class SaveAsInt8(io.ComfyNode):
+    """A checkpoint file -> INT8 safetensors in the host's own format."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Lowbit_SaveAsInt8",
+            display_name="Save as INT8 (Lowbit)",
+            category="model/saving",
+            description="Converts a checkpoint file to INT8 (W8A8) in ComfyUI's own format, which ComfyUI loads with "
+            "and without Lowbit. It needs no more memory than a few rows of a layer take.",
+            search_aliases=["lowbit", "int8", "w8a8", "quantize", "convert", "smoothquant", "convrot", "export model"],
+            is_output_node=True,
+            inputs=[
+                *save_inputs.files_to_convert("lowbit_int8"),
+                *save_inputs.protection(),
+                io.Boolean.Input(
+                    "convrot",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Rotates input features in groups of 256: a smaller error, 3 to 7 % slower.",
+                ),
+                save_inputs.activation_record("Switches smoothing (SmoothQuant) on, which costs no speed."),
+                io.Float.Input(
+                    "smoothing_alpha",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Only with an activation record: how much of the outliers moves from the activations into "
+                    "the weights.",
+                ),
+                save_inputs.device(),
+            ],
+            outputs=[save_inputs.report()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        checkpoint,
+        unconditional,
+        filename,
+        branches,
+        overwrite,
+        protected_layers="",
+        fragility_report="",
+        protect_count=17,
+        convrot=False,
+        activation_record="",
+        smoothing_alpha=0.5,
+        device=convert.DEVICES[0],
+    ) -> io.NodeOutput:
+        request = convert.SaveRequest(
+            checkpoint, unconditional, filename, branches, overwrite, protected_layers, fragility_report, protect_count,
+            activation_record, device,
+        )  # fmt: skip
+        report = convert.save_as_int8(request, convrot, smoothing_alpha)
+        return io.NodeOutput(report, ui=ui.PreviewText(report))

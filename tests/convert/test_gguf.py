@@ -1,0 +1,244 @@
+"""GGUF files: what gguf-py and our loader read from them, their types and metadata."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from host_harness import small_models as small
+from lowbit.formats import GgmlWeight, ggml
+from lowbit.loaders.branch import load_branch, open_branches
+from lowbit.tests.convert.making import (
+    BLOCK_LINEARS,
+    BRANCHES,
+    bf16,
+    floats_of,
+    meant_by_gguf,
+    spiky_record,
+    sqnr_db,
+    to_gguf,
+    to_int8,
+)
+
+
+def types_of(path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+
+
+def field(path, name: str):
+    found = gguf.GGUFReader(path).get_field(name)
+    return None if found is None else found.contents()
+
+
+def policy_file(folder, **policy):
+    path = folder / "policy.json"
+    path.write_text(json.dumps(policy))
+    return path
+
+
+@pytest.mark.parametrize("policy", ["q8_0", "q4_k", "q4_0", "q4_1", "q5_0", "q5_1"])
+def test_gguf_py_reads_the_meant_values(tmp_path, fp8_files, policy):
+    (written,) = to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", policy)
+    assert written.quantized == len(BLOCK_LINEARS) and written.size_bytes == (tmp_path / "m.gguf").stat().st_size
+    source, got = floats_of(fp8_files["conditional"]), meant_by_gguf(written.path)
+    assert got.keys() == source.keys()
+    for key, value in source.items():
+        if key.removesuffix(".weight") in BLOCK_LINEARS:
+            expected = ggml.dequantize(ggml.quantize(value, policy.upper()), policy.upper())
+            assert torch.equal(got[key], expected), key
+        else:
+            assert torch.equal(got[key], value.bfloat16().float()), key
+    ours = floats_of(written.path)
+    assert all(torch.equal(ours[key], got[key]) for key in got)
+
+
+def test_q8_0_has_the_bytes_of_gguf_py(tmp_path):
+    (written,) = to_gguf(bf16(tmp_path), tmp_path / "m.gguf", "q8_0")
+    source = floats_of(bf16(tmp_path))
+    for tensor in gguf.GGUFReader(written.path).tensors:
+        if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
+            expected = gguf.quants.quantize(source[tensor.name].numpy(), gguf.GGMLQuantizationType.Q8_0)
+            assert np.array_equal(tensor.data, expected)
+
+
+@pytest.mark.parametrize("policy, number", [("q8_0", 7), ("q4_k", 14), ("q5_1", 9), ("f16", 1), ("bf16", 32)])
+def test_metadata(tmp_path, fp8_files, policy, number):
+    if policy in ("f16", "bf16"):
+        policy = policy_file(tmp_path, default=policy.upper(), rest=policy.upper())
+    (written,) = to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", policy)
+    assert field(written.path, "general.architecture") == "ideogram4"
+    assert field(written.path, "general.file_type") == number
+    assert field(written.path, "general.quantization_version") == gguf.GGML_QUANT_VERSION
+    recipe = json.loads(field(written.path, "lowbit.recipe"))
+    assert recipe["tool"] == "lowbit" and len(recipe["source_sha256"][0]) == 64
+    reader = gguf.GGUFReader(written.path)
+    assert reader.alignment == 32 and all(tensor.data_offset % 32 == 0 for tensor in reader.tensors)
+
+
+@pytest.mark.parametrize(
+    "floats, architecture, named",
+    [(small.flux(), None, "flux"), (small.lumina2(), None, "lumina2"), (small.flux(), "my_flux", "my_flux")],
+    ids=["flux", "lumina2", "named"],
+)
+def test_architectures(tmp_path, floats, architecture, named):
+    source = small.save(tmp_path / "m.safetensors", floats, torch.float16)
+    (written,) = to_gguf(source, tmp_path / "m.gguf", architecture=architecture)
+    assert field(written.path, "general.architecture") == named
+    types = types_of(written.path)
+    linears = {f"{name}.weight" for name in small.block_linears(floats)}
+    assert types == {key: "Q8_0" if key in linears else "F16" for key in floats}  # F16 stays F16
+
+
+def test_an_unknown_architecture_is_left_out(tmp_path):
+    floats = {"blocks.0.a.weight": torch.randn(256, 256), "x.weight": torch.randn(4)}
+    (written,) = to_gguf(small.save(tmp_path / "m.safetensors", floats), tmp_path / "m.gguf")
+    assert field(written.path, "general.architecture") is None
+    assert types_of(written.path) == {"blocks.0.a.weight": "Q8_0", "x.weight": "BF16"}
+
+
+def test_a_gguf_source_keeps_its_architecture(tmp_path):
+    source = small.write_gguf(tmp_path / "a.gguf", small.ideogram4(), linear="Q8_0", architecture="some_name")
+    (written,) = to_gguf(source, tmp_path / "b.gguf", "q4_k")
+    assert field(written.path, "general.architecture") == "some_name"
+
+
+def test_two_branches_in_one_file_and_in_two(tmp_path, fp8_files):
+    both = {"unconditional": str(fp8_files["unconditional"])}
+    (together,) = to_gguf(fp8_files["conditional"], tmp_path / "one.gguf", "q4_k", one_file=True, **both)
+    apart = to_gguf(fp8_files["conditional"], tmp_path / "two.gguf", "q4_k", **both)
+    assert [w.path for w in apart] == [str(tmp_path / n) for n in ("two.gguf", "two_uncond.gguf")]
+    assert open_branches(together.path).names == BRANCHES
+    names = types_of(together.path)
+    assert {name.partition(".")[0] for name in names} == {"cond", "uncond"} and len(names) == 2 * len(
+        types_of(apart[0].path)
+    )
+    for branch, written in zip(BRANCHES, apart, strict=True):
+        expected = meant_by_gguf(written.path)
+        got = floats_of(together.path, branch)
+        assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
+
+
+def test_a_policy_file_says_which_layer_gets_which_type(tmp_path, fp8_files):
+    policy = policy_file(
+        tmp_path,
+        default="Q4_K",
+        layers={"layers.0.feed_forward.w2": "Q8_0", "*.w2": "Q5_0", "llm_cond_proj": "Q8_0", "input_proj": "Q4_K"},
+        rest="F32",
+    )
+    (written,) = to_gguf(
+        fp8_files["conditional"], tmp_path / "m.gguf", policy, protected=("layers.1.attention.o", "layers.1.*.w1")
+    )
+    types = types_of(written.path)
+    assert types.pop("layers.0.feed_forward.w2.weight") == "Q8_0"
+    assert types.pop("layers.1.feed_forward.w2.weight") == "Q5_0"
+    assert types.pop("llm_cond_proj.weight") == "Q8_0"
+    assert types.pop("input_proj.weight") == "Q8_0"  # rows of 128 are no whole block of Q4_K
+    for name in ("attention.o", "feed_forward.w1"):
+        assert types.pop(f"layers.1.{name}.weight") == "F32"
+    expected = {f"{name}.weight" for name in BLOCK_LINEARS}
+    assert types == {key: "Q4_K" if key in expected else "F32" for key in types}
+    got, source = meant_by_gguf(written.path), floats_of(fp8_files["conditional"])
+    assert torch.equal(got["layers.1.attention.o.weight"], source["layers.1.attention.o.weight"])
+
+
+@pytest.mark.parametrize(
+    "policy, text",
+    [
+        ({"layers": {}}, "expected an object with default"),
+        ({"default": "Q4_K", "lairs": {}}, r"found \['default', 'lairs'\]"),
+        ({"default": "Q6_K"}, r"'Q6_K' \(Q6_K can only be read\), expected one of F32, .*Q4_K"),
+        ({"default": "Q9_K"}, r"'Q9_K' \(no such type\)"),
+        ({"default": "Q4_K", "rest": "Q8_0"}, "'Q8_0'.*expected one of F32, F16, BF16"),
+        ({"default": "Q4_K", "layers": {"*": 4}}, "found the type 4"),
+        ({"default": "Q4_K", "layers": ["*"]}, "as layers"),
+        ([1], "expected an object"),
+    ],
+)
+def test_policies_that_make_no_sense(tmp_path, policy, text):
+    from lowbit.convert.policy import read_policy
+
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(policy))
+    with pytest.raises(ValueError, match=text):
+        read_policy(str(path))
+
+
+def test_policies_that_are_no_file(tmp_path):
+    from lowbit.convert.policy import read_policy
+
+    with pytest.raises(ValueError, match=r"'q6_k': found no such file.*one of q4_0, .*q4_k"):
+        read_policy("q6_k")
+    (tmp_path / "policy.json").write_text("{")
+    with pytest.raises(ValueError, match="found no JSON"):
+        read_policy(str(tmp_path / "policy.json"))
+
+
+def test_blocks_that_are_asked_for_again_keep_their_bytes(tmp_path):
+    source = small.write_gguf(tmp_path / "a.gguf", small.ideogram4(), linear="Q4_K", modules=BLOCK_LINEARS, rest="F16")
+    (written,) = to_gguf(source, tmp_path / "b.gguf", "q4_k")
+    before, after = load_branch(source).weights, load_branch(written.path).weights
+    for name in BLOCK_LINEARS:
+        assert torch.equal(before[f"{name}.weight"].data, after[f"{name}.weight"].data)
+    assert not any(
+        isinstance(w, GgmlWeight) and k.removesuffix(".weight") not in BLOCK_LINEARS for k, w in after.items()
+    )
+
+
+def test_int8_and_gguf_become_each_other(tmp_path, fp8_files):
+    (as_int8,) = to_int8(fp8_files["conditional"], tmp_path / "m.safetensors", rotate=True)
+    (as_gguf,) = to_gguf(as_int8.path, tmp_path / "m.gguf", "q8_0")
+    (back,) = to_int8(as_gguf.path, tmp_path / "back.safetensors", rotate=True)
+    source = floats_of(fp8_files["conditional"])
+    for path, floor in ((as_int8.path, 40), (as_gguf.path, 38), (back.path, 36)):
+        got = floats_of(path)
+        assert min(sqnr_db(source[f"{n}.weight"], got[f"{n}.weight"]) for n in BLOCK_LINEARS) > floor
+
+
+def test_an_activation_record_lowers_the_error_that_counts(tmp_path, fp8_files):
+    from lowbit.convert.record import read_activation_record
+
+    record = spiky_record(tmp_path / "record.safetensors", spread=0.5)
+    (plain,) = to_gguf(fp8_files["conditional"], tmp_path / "plain.gguf", "q4_k")
+    (weighted,) = to_gguf(fp8_files["conditional"], tmp_path / "weighted.gguf", "q4_k", records=(str(record),))
+    source, layers = floats_of(fp8_files["conditional"]), read_activation_record(record)
+    for name in BLOCK_LINEARS:
+        root = layers[name].mean_square.sqrt()
+        plain_db, weighted_db = (
+            sqnr_db(source[f"{name}.weight"] * root, floats_of(w.path)[f"{name}.weight"] * root)
+            for w in (plain, weighted)
+        )
+        assert weighted_db > plain_db + 0.3, name
+    assert len(json.loads(field(weighted.path, "lowbit.recipe"))["activation_record_sha256"]) == 1
+
+
+def test_shapes_and_types_beside_matrices(tmp_path):
+    floats = small.ideogram4()
+    extra = {
+        "video.weight": torch.randn(4, 3, 2, 2, 2), "scalar": torch.tensor(1.5), "steps": torch.arange(7),
+        "bytes": torch.arange(4, dtype=torch.int8),
+    }  # fmt: skip
+    source = small.save(tmp_path / "m.safetensors", floats | extra)
+    (written,) = to_gguf(source, tmp_path / "m.gguf")
+    got = load_branch(written.path).weights
+    assert torch.equal(got["video.weight"], extra["video.weight"].bfloat16())
+    assert torch.equal(got["scalar"].reshape(()), extra["scalar"].bfloat16())
+    assert torch.equal(got["steps"], extra["steps"]) and torch.equal(got["bytes"], extra["bytes"])
+    source = small.save(tmp_path / "b.safetensors", floats | {"flag": torch.tensor([True])})
+    with pytest.raises(ValueError, match=r"flag: found torch\.bool, which GGUF does not hold"):
+        to_gguf(source, tmp_path / "b.gguf")
+
+
+def test_what_the_source_says_about_the_model_is_kept(tmp_path):
+    source = small.save(tmp_path / "m.safetensors", small.ideogram4(), torch.bfloat16, {"license": "Apache-2.0"})
+    (first,) = to_gguf(source, tmp_path / "a.gguf")
+    (second,) = to_gguf(first.path, tmp_path / "b.gguf", "q4_k")
+    assert field(second.path, "license") == "Apache-2.0" and field(second.path, "general.file_type") == 14
+    assert field(second.path, "format") is None
+
+
+def test_same_input_same_bytes(tmp_path, fp8_files):
+    record = spiky_record(tmp_path / "record.safetensors")
+    for name in "ab":
+        to_gguf(fp8_files["conditional"], tmp_path / f"{name}.gguf", "q4_k", records=(str(record),))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -1,0 +1,231 @@
+"""A file is there whole or not at all: nothing is overwritten unasked, and what goes wrong leaves nothing behind."""
+
+import errno
+import io
+import os
+import pathlib
+import shutil
+import stat
+import sys
+import types
+
+import pytest
+import torch
+from lowbit.convert import output_file, source
+from lowbit.convert.output_file import OutputFile
+from lowbit.convert.progress import Progress, clock
+from lowbit.tests.convert.making import bf16, to_gguf, to_int8
+
+CONVERT = {"int8": (to_int8, "out.safetensors"), "gguf": (to_gguf, "out.gguf")}
+both_kinds = pytest.mark.parametrize("kind", CONVERT)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Several pieces of each matrix, so that a conversion can break off inside one."""
+    monkeypatch.setattr(source, "CHUNK_ELEMENTS", 20_000)
+
+
+def convert(kind, fp8_files, folder, branches=2, **options):
+    function, name = CONVERT[kind]
+    if branches == 2:
+        options["unconditional"] = str(fp8_files["unconditional"])
+    return function(fp8_files["conditional"], folder / name, **options)
+
+
+@both_kinds
+def test_nothing_is_overwritten_unasked(tmp_path, fp8_files, kind):
+    written = convert(kind, fp8_files, tmp_path)
+    contents = [pathlib.Path(w.path).read_bytes() for w in written]
+    for path in (pathlib.Path(w.path) for w in written):
+        path.write_bytes(b"mine")
+        with pytest.raises(ValueError, match=rf"{path.name}: exists already"):
+            convert(kind, fp8_files, tmp_path)
+        assert path.read_bytes() == b"mine"
+        path.unlink()
+    again = convert(kind, fp8_files, tmp_path)
+    convert(kind, fp8_files, tmp_path, overwrite=True)
+    assert [pathlib.Path(w.path).read_bytes() for w in again] == contents and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, fp8_files):
+    def appear(progress: Progress) -> None:
+        (tmp_path / "out.gguf").write_bytes(b"mine")
+
+    with pytest.raises(ValueError, match="exists already"):
+        convert("gguf", fp8_files, tmp_path, branches=1, report=appear)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"] and (tmp_path / "out.gguf").read_bytes() == b"mine"
+
+
+@both_kinds
+def test_what_is_read_is_never_the_result(tmp_path, fp8_files, kind):
+    function, name = CONVERT[kind]
+    copy = shutil.copy(fp8_files["conditional"], tmp_path / "m.safetensors")
+    (first,) = function(copy, tmp_path / name)
+    with pytest.raises(ValueError, match="is read by this conversion and cannot be its result"):
+        function(first.path, first.path, overwrite=True)
+    if sys.platform == "win32":  # links need a right of their own there
+        return
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="is read by this conversion"):
+        function(first.path, tmp_path / "link" / name, overwrite=True)
+
+
+def test_folders_that_do_not_do(tmp_path, fp8_files):
+    with pytest.raises(ValueError, match="there is no folder"):
+        convert("gguf", fp8_files, tmp_path / "none")
+    (tmp_path / "out.gguf").mkdir()
+    with pytest.raises(ValueError, match="found a folder"):
+        convert("gguf", fp8_files, tmp_path, overwrite=True)
+
+
+@both_kinds
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+def test_cancelling_leaves_nothing_behind(tmp_path, fp8_files, small_pieces, kind, share):
+    class Cancelled(BaseException):
+        pass
+
+    seen = []
+
+    def report(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.stage == "writing" and progress.done_bytes >= share * progress.total_bytes:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        convert(kind, fp8_files, tmp_path, report=report)
+    assert not list(tmp_path.iterdir())
+    assert {p.stage for p in seen} == {"reading", "writing"}
+    assert all(0 <= p.done_bytes <= p.total_bytes for p in seen)
+
+
+@both_kinds
+def test_progress_ends_at_its_total_and_knows_rate_and_rest(tmp_path, fp8_files, small_pieces, kind):
+    seen = []
+    written = convert(kind, fp8_files, tmp_path, report=seen.append)
+    for stage in ("reading", "writing"):
+        stages = [p for p in seen if p.stage == stage]
+        assert len(stages) > 2 and stages[-1].done_bytes == stages[-1].total_bytes
+        assert [p.done_bytes for p in stages] == sorted(p.done_bytes for p in stages)
+        assert stages[0].remaining_s is None and stages[-1].remaining_s == 0 and stages[-1].rate_bytes_s > 0
+    tensors = sum(w.size_bytes for w in written)
+    assert 0.9 * tensors < seen[-1].total_bytes < tensors
+    assert str(Progress("writing", 2 * 10**9, 10**10, 4.0)) == "writing: 2.00 of 10.00 GB, 500 MB/s, 0:16 left"
+    assert [clock(s) for s in (7.4, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
+
+
+@both_kinds
+def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, fp8_files, monkeypatch, kind):
+    usage = types.SimpleNamespace(free=10**6)
+    monkeypatch.setattr(output_file.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(RuntimeError, match=r"found 0\.0 GB of free disk space, expected 0\.0 GB.*Free some space"):
+        convert(kind, fp8_files, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@both_kinds
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EIO], ids=["full", "too_large", "broken"])
+@pytest.mark.parametrize("after", [0, 1, 30])
+def test_a_disk_that_becomes_full_leaves_nothing_behind(
+    tmp_path, fp8_files, small_pieces, monkeypatch, kind, code, after
+):
+    class Full:
+        writes = 0
+
+        def __init__(self, file):
+            self._file = file
+
+        def write(self, data):
+            Full.writes += 1
+            if Full.writes > after:
+                raise OSError(code, os.strerror(code))
+            return self._file.write(data[:1000])  # as an unbuffered file may
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+    monkeypatch.setattr(output_file, "open", lambda path, *rest, **options: Full(io.FileIO(path, "xb")), raising=False)
+    text = "cannot be written" if code == errno.EIO else "the disk is full, or does not take files of this size"
+    with pytest.raises(RuntimeError, match=text):
+        convert(kind, fp8_files, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit on file sizes to set")
+def test_a_real_limit_on_the_file_size(tmp_path, fp8_files):
+    """The system's own refusal in the middle of a file, as a full disk gives it."""
+    import resource
+    import signal
+
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
+    try:
+        with pytest.raises(RuntimeError, match="the disk is full, or does not take files of this size"):
+            convert("int8", fp8_files, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="needs a user whom folders can refuse")
+def test_a_folder_without_the_right_to_write(tmp_path, fp8_files):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(RuntimeError, match=r"cannot be written.*Pick a folder that you may write to"):
+        convert("int8", fp8_files, tmp_path)
+
+
+def test_the_disk_has_the_bytes_before_the_name(tmp_path, monkeypatch):
+    """fsync of the file, then rename, then fsync of its folder."""
+    calls = []
+    real = {"fsync": os.fsync, "replace": os.replace}
+
+    def record(name):
+        def call(*arguments):
+            is_folder = name == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
+            calls.append(f"{name} folder" if is_folder else name)
+            return real[name](*arguments)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(output_file.os, name, record(name))
+    with OutputFile(str(tmp_path / "file")) as file:
+        file.write(4, torch.arange(3, dtype=torch.int16))
+        file.write(0, b"abcd")
+        file.commit(12)
+    assert calls == (["fsync", "replace", "fsync folder"] if os.name == "posix" else ["fsync", "replace"])
+    assert (tmp_path / "file").read_bytes() == b"abcd\0\0\1\0\2\0\0\0"
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) & 0o077 == 0o777 & ~_umask() & 0o066
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_does_not_grow_with_the_file(tmp_path):
+    """Pages of the source that were read are let go: after converting no more of it is resident than one piece."""
+    import psutil
+
+    floats = {f"layers.{i}.w.weight": torch.randn(1024, 4096) for i in range(16)}  # 256 MB
+    from host_harness import small_models as small
+
+    path = small.save(tmp_path / "m.safetensors", floats)
+    del floats
+    peak, process = [0], psutil.Process()
+    start = process.memory_info().rss
+
+    def report(progress: Progress) -> None:
+        peak[0] = max(peak[0], process.memory_info().rss - start)
+
+    to_int8(path, tmp_path / "out.safetensors", report=report)
+    assert peak[0] < 160 * 2**20
+
+
+def test_bf16_sources_on_a_read_only_disk_are_fine(tmp_path):
+    path = bf16(tmp_path)
+    path.chmod(stat.S_IRUSR)
+    assert to_int8(path, tmp_path / "out.safetensors")

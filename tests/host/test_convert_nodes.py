@@ -1,0 +1,252 @@
+"""The save nodes in the real host: what they write loads in stock nodes and in ours, and they behave at the canvas."""
+
+import json
+
+import pytest
+import torch
+from host_harness import quantized_models as quantized
+from host_harness import small_models as small
+from lowbit.convert.record import FragileLayer, write_fragility_report
+from lowbit.tests.convert.making import spiky_record
+
+BRANCHES = ("conditional", "unconditional")
+INT8, GGUF = "Lowbit_SaveAsInt8", "Lowbit_SaveAsGguf"
+
+
+@pytest.fixture(scope="module")
+def convert(comfy_host):
+    from lowbit.host import convert, files
+
+    files.register_gguf_folder()
+    return convert
+
+
+@pytest.fixture
+def folders(comfy_host, tmp_path, monkeypatch):
+    """Sources in a folder of diffusion models, and an output folder of this test's own."""
+    sources, output = tmp_path / "sources", tmp_path / "output"
+    for folder in (sources, output):
+        folder.mkdir()
+    for branch in BRANCHES:
+        small.save(sources / f"t_{branch}.safetensors", small.ideogram4(branch), torch.bfloat16)
+    comfy_host.folder_paths.add_model_folder_path("diffusion_models", str(sources))
+    monkeypatch.setattr(comfy_host.folder_paths, "output_directory", str(output))
+    yield sources, output
+    comfy_host.folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(sources))
+    comfy_host.folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture
+def save(convert, folders):
+    """Run a node's function with defaults; returns the file that it wrote."""
+
+    def save(kind: str, filename: str = "out", **options):
+        extra = {k: options.pop(k) for k in ("convrot", "smoothing_alpha", "policy", "policy_file") if k in options}
+        request = {
+            "checkpoint": "t_conditional.safetensors", "unconditional": "same file", "filename": filename,
+            "branches": "one file each", "overwrite": False, "device": "cpu",
+        } | options  # fmt: skip
+        if kind == "int8":
+            convert.save_as_int8(convert.SaveRequest(**request), **({"convrot": False, "smoothing_alpha": 0.5} | extra))
+        else:
+            convert.save_as_gguf(convert.SaveRequest(**request), **({"policy": "q8_0"} | extra))
+        return folders[1] / "diffusion_models" / f"{filename}.{'safetensors' if kind == 'int8' else 'gguf'}"
+
+    return save
+
+
+@pytest.mark.parametrize("kind", ["plain", "convrot", "smoothed", "protected"])
+def test_the_stock_loader_reads_our_int8(comfy_host, save, folders, kind):
+    options = {
+        "plain": {},
+        "convrot": {"convrot": True},
+        "smoothed": {"records": "record.safetensors"},
+        "protected": {"reports": "report.json", "protect_count": 2},
+    }[kind]
+    spiky_record(folders[1] / "record.safetensors")
+    fragile = ["layers.0.feed_forward.w2", "layers.1.feed_forward.w2"]
+    write_fragility_report(folders[1] / "report.json", [FragileLayer(name, 1.0) for name in fragile])
+    path = save("int8", **options)
+    comfy_host.folder_paths.add_model_folder_path("diffusion_models", str(path.parent))
+    try:
+        (stock,) = comfy_host.nodes.UNETLoader().load_unet(path.name, "default")
+    finally:
+        comfy_host.folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(path.parent))
+    layers = sum(quantized.is_quantized(parameter.data) for parameter in stock.model.parameters())
+    assert layers == (8 if kind == "protected" else 10)
+    # float32, so that only the two programs' INT8 products differ; the stock one quantizes activations, so ours does.
+    stock = comfy_host.load_diffusion_model(path, dtype=torch.float32)
+    ours = quantized.on_host_blocks(quantized.load(path, compute_mode="int8"))
+    actual, expected = quantized.output(comfy_host, ours), quantized.output(comfy_host, stock)
+    # A value halfway between two codes falls to either side: see test_saving.
+    assert quantized.relative(actual, expected) < (0.05 if torch.cuda.is_available() else 2e-3)
+    original = comfy_host.load_state_dict(small.ideogram4(), dtype=torch.float32)
+    # The record is of no real activations: what it smooths by is worse for this model than nothing.
+    bound = 0.2 if kind == "smoothed" else 0.05
+    assert quantized.relative(actual, quantized.output(comfy_host, original)) < bound
+
+
+@pytest.mark.parametrize("architecture", ["ideogram4", "lumina2"])
+def test_folded_factors_do_not_change_the_host_s_model(comfy_host, architecture):
+    """Powers of two, folded into every block that has room for them: the same output bit for bit, in float32."""
+    from lowbit.convert.record import LayerActivations
+    from lowbit.convert.smoothing import smoothing_factors
+    from lowbit.convert.source import floats_of
+
+    weights = {"ideogram4": small.ideogram4, "lumina2": small.lumina2}[architecture]()
+    linears = small.block_linears(weights)
+    record = {}
+    for name in linears:
+        K = weights[f"{name}.weight"].shape[1]
+        absmax = torch.exp(1.5 * quantized.random_values(name.replace("w3", "w1"), K))
+        record[name] = LayerActivations(absmax, absmax**2, 1.0)
+    factors = smoothing_factors(weights, linears, record, 0.5)
+    changed = dict(weights)
+    everything = slice(0, None)
+    for key, factor in factors.items():
+        changed[key] = factor.apply(floats_of(weights[key], everything), everything).reshape(weights[key].shape)
+        assert not torch.equal(changed[key], weights[key])
+    assert {f"{name}.weight" for name in linears} <= factors.keys()
+    outputs = []
+    for state_dict in (weights, changed):
+        model = comfy_host.load_state_dict(state_dict, dtype=torch.float32)
+        if architecture == "ideogram4":
+            outputs.append(quantized.output(comfy_host, model))
+        else:
+            x = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(5))
+            context = comfy_host.conditioning(width=256, tokens=8)[0][0]
+            outputs.append(comfy_host.apply_model(model, x, context=context, num_tokens=8))
+    assert torch.isfinite(outputs[0]).all() and outputs[0].std() > 0.01
+    assert torch.equal(*outputs)
+
+
+def test_lists_files_and_where_they_go(convert, save, folders):
+    one = save("int8", "sub/both", unconditional="t_unconditional.safetensors", branches="one file for both")
+    two = save("gguf", "two", unconditional="t_unconditional.safetensors", policy="q4_k")
+    assert one.is_file() and two.is_file() and two.with_name("two_uncond.gguf").is_file()
+    assert save("gguf", "named.gguf").with_name("named.gguf").is_file(), "the ending is not doubled"
+    from lowbit.loaders.branch import open_branches
+
+    assert open_branches(one).names == BRANCHES and open_branches(two).names == ("only",)
+
+
+def test_a_policy_file_in_the_output_folder(save, folders):
+    policy = {"default": "Q4_K", "layers": {"*.w2": "Q8_0"}}
+    (folders[1] / "policy.json").write_text(json.dumps(policy))
+    from lowbit.loaders import open_checkpoint
+
+    tensors = open_checkpoint(save("gguf", policy_file="policy.json")).tensors
+    assert tensors["layers.0.feed_forward.w2.weight"].ggml_type == "Q8_0"
+    assert tensors["layers.0.feed_forward.w1.weight"].ggml_type == "Q4_K"
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"filename": "../../escaped"}, "lies outside ComfyUI's output folder"),
+        ({"filename": "/tmp/escaped"}, "lies outside ComfyUI's output folder"),
+        ({"filename": " "}, "filename: found none"),
+        ({"records": "../secret.safetensors"}, "lies outside ComfyUI's output folder"),
+        ({"records": "gone.safetensors"}, "no such file"),
+        ({"reports": "gone.json"}, "cannot be read"),
+        ({"protected": "w9"}, "'w9' fits no layer of t_conditional"),
+        ({"checkpoint": "t_gone.safetensors"}, "not in models/diffusion_models any more"),
+    ],
+)
+def test_refusals(save, folders, options, text):
+    with pytest.raises((ValueError, FileNotFoundError), match=text) as refused:
+        save("int8", **options)
+    assert type(refused.value) in (ValueError, FileNotFoundError), "a type that the page can show"
+    assert not [path for path in folders[1].rglob("*") if path.is_file()]
+
+
+def test_nothing_is_overwritten_unasked(save):
+    path = save("int8")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"out\.safetensors: exists already"):
+        save("int8", convrot=True)
+    assert path.read_bytes() == before
+    save("int8", convrot=True, overwrite=True)
+    assert path.read_bytes() != before
+
+
+def test_diffusers_names_are_refused_with_a_way_out(save, folders):
+    """The host can load these floats, renaming and joining them; quantized ones it could not."""
+    floats = {}
+    for block in range(2):
+        prefix = f"transformer_blocks.{block}"
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+            floats[f"{prefix}.attn.{name}.weight"] = torch.zeros(256, 256)
+        floats[f"{prefix}.norm1.linear.weight"] = torch.zeros(6 * 256, 256)
+    floats |= {"x_embedder.weight": torch.zeros(256, 64), "context_embedder.weight": torch.zeros(256, 256)}
+    floats |= {"proj_out.weight": torch.zeros(64, 256), "x_embedder.bias": torch.zeros(256)}
+    small.save(folders[0] / "t_diffusers.safetensors", floats)
+    with pytest.raises(ValueError, match=r"the names of the diffusers library.*save it with Save Model"):
+        save("int8", checkpoint="t_diffusers.safetensors")
+
+
+def test_cancel_leaves_nothing_behind_and_the_bar_moves(comfy_host, save, folders, monkeypatch):
+    management, values, cancel_at = comfy_host.comfy.model_management, [], []
+
+    def hook(value, total, preview, node_id=None):
+        values.append((value, total))
+        if len(values) in cancel_at:
+            management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy_host.comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    path = save("gguf", policy="q4_k")
+    assert values[-1][0] == values[-1][1] > 10**6 and len({total for _, total in values}) == 2
+    path.unlink()
+    for updates in (1, len(values) // 2):
+        cancel_at[:] = [updates]
+        values.clear()
+        with pytest.raises(management.InterruptProcessingException):
+            save("gguf", policy="q4_k")
+        assert not list(path.parent.iterdir())
+
+
+@pytest.fixture(scope="module")
+def server(comfy_server):
+    folder = comfy_server.base_directory / "models" / "diffusion_models"
+    for branch in BRANCHES:
+        small.save(folder / f"c_{branch}.safetensors", small.ideogram4(branch), torch.bfloat16)
+    return comfy_server
+
+
+def prompt(node: str, filename: str, **inputs) -> dict:
+    shared = {
+        "checkpoint": "c_conditional.safetensors", "unconditional": "c_unconditional.safetensors",
+        "filename": filename, "branches": "one file for both", "overwrite": True,
+    }  # fmt: skip
+    return {"1": {"class_type": node, "inputs": shared | inputs}}
+
+
+@pytest.mark.parametrize(
+    "node, loader, suffix",
+    [(INT8, "Lowbit_LoadDiffusionModelInt8", ".safetensors"), (GGUF, "Lowbit_LoadDiffusionModelGguf", ".gguf")],
+)
+def test_what_is_saved_is_found_and_loaded_by_the_loader_node(server, node, loader, suffix):
+    """Over HTTP: the output folder is one of the host's own for diffusion models."""
+    name, steps = f"c_saved{suffix}", []
+    inputs = {"type": "q8_0"} if node == GGUF else {}
+    outputs = server.queue(prompt(node, "c_saved", **inputs), on_progress=steps.append)
+    (text,) = outputs["1"]["text"]
+    assert f"{name}: 0.0" in text and "20 linear layers quantized" in text and text.splitlines()[-1].endswith(" s")
+    assert any(step.node_id == "1" and step.maximum and step.value == step.maximum for step in steps)
+    load = {
+        "1": {
+            "class_type": loader,
+            "inputs": {"checkpoint": name, "unconditional": "same file", "compute_mode": "auto", "dtype": "default"},
+        },
+        "2": {"class_type": "Lowbit_InspectQuantizedModel", "inputs": {"model": ["1", 1]}},
+    }
+    (report,) = server.queue(load)["2"]["text"]
+    assert ("int8" if node == INT8 else "gguf_q8_0") in report
+
+
+def test_an_error_reaches_the_page(server):
+    from host_harness.server import PromptError
+
+    with pytest.raises(PromptError) as failed:
+        server.queue(prompt(INT8, "../../c_escaped"))
+    assert failed.value.node_type == INT8 and "lies outside ComfyUI's output folder" in failed.value.message
