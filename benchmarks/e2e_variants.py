@@ -37,7 +37,7 @@ NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """file: a kind of `e2e_model.FILES`. mode: None for ComfyUI's own loader, else Lowbit's compute mode.
+    """file: a kind of `e2e_files.FILES`. mode: None for ComfyUI's own loader, else Lowbit's compute mode.
 
     plain_torch: whether Lowbit's ops are computed by their definitions in plain torch.
     """

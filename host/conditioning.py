@@ -21,9 +21,13 @@ def keep_on_device(patcher: ModelPatcher) -> None:
 
 
 def _sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-    # These dictionaries are the guider's own, made for this sampling.
-    for conds in guider.conds.values():
-        for cond in conds:
+    # These dictionaries are the guider's own, made for this sampling. DualModelGuider keeps those of its second model
+    # apart, and the negative ones of the first serve nobody.
+    conds = dict(guider.conds)
+    if getattr(guider, "_uncond_conds", None) is not None:
+        conds["negative"] = guider._uncond_conds
+    for conditioning in conds.values():
+        for cond in conditioning:
             moved = {name: _moved(value, noise.device) for name, value in cond.get("model_conds", {}).items()}
             cond["model_conds"] = moved
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)

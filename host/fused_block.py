@@ -6,8 +6,8 @@ SwiGLU leaves codes for `w2`, and the end of the attention branch runs into the 
 
 Nothing of the host is rewritten: the loader puts object patches on the blocks' `forward` and on SwiGLU's function, and
 the host's own attention and feed-forward code runs between them, handing `QuantizedActivations` to a linear layer in
-place of a tensor. Wherever somebody else changed a module (a hook, another patch, a LoRA on that layer), the host's own
-code runs instead.
+place of a tensor. Where a LoRA beside a layer reads floats, the same kernels leave them too. Wherever somebody else
+changed a module (a hook, another patch), the host's own code runs instead.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class _FusedGating:
         quantizer = None if changed(self.feed_forward) else self.feed_forward.w2.quantizer(gate)
         if quantizer is None:
             return type(self.feed_forward)._forward_silu_gating(self.feed_forward, gate, up)
-        return QuantizedActivations(gate.dtype, [(quantizer, *swiglu_quantize(gate, up, *quantizer))])
+        xq, x_scale, *values = swiglu_quantize(gate, up, *quantizer, self.feed_forward.w2.reads_values)
+        return QuantizedActivations(gate.dtype, [(quantizer, xq, x_scale)], *values)
 
 
 def _norm_scale(norm, x, scale, linears: tuple[LowbitLinear, ...]):
@@ -183,7 +184,10 @@ def _norm_scale(norm, x, scale, linears: tuple[LowbitLinear, ...]):
     activations = QuantizedActivations(x.dtype, [])
     for quantizer in quantizers:
         if activations.codes_for(quantizer) is None:
-            codes = rms_norm_scale_quantize(x, weight, scale, norm.eps, *quantizer)
+            keep_values = activations.values is None and _reads_values(linears)
+            codes = rms_norm_scale_quantize(x, weight, scale, norm.eps, *quantizer, keep_values)
+            if keep_values:
+                *codes, activations.values = codes
             activations.parts.append((quantizer, *codes))
     uncast()
     return activations
@@ -205,10 +209,16 @@ def _residual_norm_scale(x, y, y_norm, gate, norm, scale, linears: tuple[LowbitL
         return x, _norm_scale(norm, x, scale, linears)
     y_weight, uncast_y = _weight(y_norm, x)
     weight, uncast = _weight(norm, x)
-    x, *codes = gated_residual_norm_quantize(x, y, y_weight, gate, weight, scale, norm.eps, *first)
+    x, xq, x_scale, *values = gated_residual_norm_quantize(
+        x, y, y_weight, gate, weight, scale, norm.eps, *first, _reads_values(linears)
+    )
     uncast_y()
     uncast()
-    return x, QuantizedActivations(x.dtype, [(first, *codes)])
+    return x, QuantizedActivations(x.dtype, [(first, xq, x_scale)], *values)
+
+
+def _reads_values(linears: tuple[LowbitLinear, ...]) -> bool:
+    return any(linear.reads_values for linear in linears)
 
 
 def _weight(norm, x: torch.Tensor):

@@ -14,8 +14,10 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from comfy.weight_adapter.lora import LoRAAdapter
 
+SMALLEST_RANK = 16  # what tensor cores take
 
-@dataclasses.dataclass(eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class LowRankTerm:
     """factor * up[N', rank] @ down[rank, K'], added to the rows or columns that `offset` (dim, start, length) names."""
 
@@ -23,16 +25,23 @@ class LowRankTerm:
     down: torch.Tensor
     factor: float
     offset: tuple[int, int, int] | None
-    _cast: tuple[torch.Tensor, torch.Tensor] | None = dataclasses.field(default=None, init=False, repr=False)
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """y[..., N] += factor * (x[..., K] @ down.T) @ up.T, in place."""
-        if self.offset is not None:
-            dim, start, length = self.offset
-            x, y = (x, y.narrow(-1, start, length)) if dim == 0 else (x.narrow(-1, start, length), y)
-        up, down = self._matrices(x.device, x.dtype)
-        hidden = torch.nn.functional.linear(x, down) * self.factor
-        y += torch.nn.functional.linear(hidden, up)
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+class LowRankSum:
+    """All low-rank terms of one weight [N, K] as a single one, which a product adds as it writes its result."""
+
+    def __init__(self, terms: list[LowRankTerm], N: int, K: int):
+        self.terms, self.N, self.K = terms, N, K
+        self._cast: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden[..., R] and up[N, R] in x's dtype: the sum of the terms for x [..., K] is hidden @ up.T."""
+        down, up = self._matrices(x.device, x.dtype)
+        return torch.nn.functional.linear(x, down), up
 
     @property
     def device_bytes(self) -> int:
@@ -45,16 +54,39 @@ class LowRankTerm:
         return freed
 
     def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The matrices on a device, in a dtype: moved at the first use, not at each."""
+        """down [R, K] and up [N, R], factors in it, on a device: put together at the first use, not at each.
+
+        R is the sum of the ranks, and zeros up to a power of two from 16 on, as the INT8 product takes it.
+        """
         if self._cast is None or self._cast[0].device != device or self._cast[0].dtype != dtype:
-            self._cast = self.up.to(device, dtype), self.down.to(device, dtype)
+            ranks = [term.rank for term in self.terms]
+            padded = max(SMALLEST_RANK, 1 << (sum(ranks) - 1).bit_length())
+            down = torch.zeros((padded, self.K), dtype=dtype, device=device)
+            up = torch.zeros((self.N, padded), dtype=dtype, device=device)
+            start = 0
+            for term, rank in zip(self.terms, ranks, strict=True):
+                features = slice(start, start + rank)
+                rows, columns = _slices(term.offset)
+                down[features, columns] = term.down.to(device, dtype)
+                up[rows, features] = (term.up.to(device, torch.float32) * term.factor).to(dtype)
+                start += rank
+            self._cast = down, up
         return self._cast
 
 
-def low_rank_terms(patches: list[tuple]) -> list[LowRankTerm] | None:
-    """The host's patches of one weight as low-rank terms, or None when one of them is no low-rank sum."""
+def _slices(offset: tuple[int, int, int] | None) -> tuple[slice, slice]:
+    """The rows and the columns of the weight that a term changes."""
+    if offset is None:
+        return slice(None), slice(None)
+    dim, start, length = offset
+    part = slice(start, start + length)
+    return (part, slice(None)) if dim == 0 else (slice(None), part)
+
+
+def low_rank_sum(patches: list[tuple], N: int, K: int) -> LowRankSum | None:
+    """The host's patches of one weight [N, K] as a low-rank sum, or None when one of them is none."""
     terms = [_low_rank_term(*patch) for patch in patches]
-    return None if any(term is None for term in terms) else terms
+    return None if any(term is None for term in terms) else LowRankSum(terms, N, K)
 
 
 def small_changes(patches: list[tuple]) -> bool:

@@ -23,7 +23,7 @@ from ..kernels.int8_linear import int8_linear
 from ..kernels.unpack import unpack
 from ..kernels.unpack_to_int8 import find_row_scale
 from . import layouts
-from .lora import LowRankTerm
+from .lora import LowRankSum
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +67,16 @@ class QuantizedActivations:
     """Activations [..., K] that a fused kernel has quantized already: what `LowbitLinear` takes in place of a tensor.
 
     parts: for each quantizer that a reader wants, the quantizer, codes int8 [..., K] and scales float32 [..., 1].
-    dtype: of the activations, and of the layers' results.
+    dtype: of the activations, and of the layers' results. values: the activations themselves, if a reader wants them.
     """
 
-    def __init__(self, dtype: torch.dtype, parts: list[tuple[Quantizer, torch.Tensor, torch.Tensor]]):
-        self.dtype, self.parts = dtype, parts
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        parts: list[tuple[Quantizer, torch.Tensor, torch.Tensor]],
+        values: torch.Tensor | None = None,
+    ):
+        self.dtype, self.parts, self.values = dtype, parts, values
 
     @property
     def shape(self) -> torch.Size:
@@ -123,7 +128,7 @@ def differentiated(x: torch.Tensor) -> bool:
 class LowbitLinear:
     """A linear layer whose weight may be quantized: mixed into the host's mixed-precision Linear.
 
-    model_patches, hook_patches: low-rank terms of LoRA nodes and of hooks, applied as a side path.
+    model_patches, hook_patches: low-rank sums of LoRA nodes and of hooks, at most one each, applied as a side path.
     """
 
     lowbit_settings: LoadSettings
@@ -137,11 +142,10 @@ class LowbitLinear:
                 self.bias = torch.nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         # What dynamic VRAM casts a float weight to when it moves it.
         self.weight_comfy_model_dtype = self.factory_kwargs["dtype"]
-        self.model_patches: list[LowRankTerm] = []
-        self.hook_patches: list[LowRankTerm] = []
+        self.model_patches: list[LowRankSum] = []
+        self.hook_patches: list[LowRankSum] = []
         self._row_scale: torch.Tensor | None = None
         self._smooth: torch.Tensor | None = None
-        self._mode: str | None = None
         self.register_load_state_dict_post_hook(_keep_missing_keys)
 
     # Loading
@@ -198,55 +202,75 @@ class LowbitLinear:
             compute_dtype=input.dtype,
             want_requant=True,
         )
-        if isinstance(input, QuantizedActivations):
-            y = self._linear_of_codes(input, layouts.from_host(weight), bias)
+        has_codes = isinstance(input, QuantizedActivations)
+        values = input.values if has_codes else input
+        terms = [patches.of(values) for patches in (*self.model_patches, *self.hook_patches)]
+        low_rank = terms.pop(0) if terms else None
+        if has_codes:
+            y = self._linear_of_codes(input, layouts.from_host(weight), bias, low_rank)
         else:
-            y = self._linear(input, weight, bias)
-            for term in (*self.model_patches, *self.hook_patches):
-                term.add_to(y, input)
+            y = self._linear(input, weight, bias, low_rank)
+        for term in terms:
+            quantized_linear.add_low_rank(y, term)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return y
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        low_rank: quantized_linear.LowRank | None,
+    ) -> torch.Tensor:
         quantized = layouts.from_host(weight)
         if quantized is None:  # the host has unpacked it for a patch
-            return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+            y = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+            return quantized_linear.add_low_rank(y, low_rank)
         mode = "exact" if differentiated(x) else self.mode
         tune = self.lowbit_settings.tune
         if isinstance(quantized, Int8Weight):
-            return quantized_linear.int8_weight_linear(x, quantized, bias, mode, tune)
+            return quantized_linear.int8_weight_linear(x, quantized, bias, mode, tune, low_rank)
         row_scale = self._row_scale_of(quantized) if quantized_linear.wants_int8(x, mode) else None
-        return quantized_linear.ggml_weight_linear(x, quantized, bias, mode, row_scale, tune)
+        return quantized_linear.ggml_weight_linear(x, quantized, bias, mode, row_scale, tune, low_rank)
 
     def _linear_of_codes(
-        self, x: QuantizedActivations, weight: QuantizedWeight, bias: torch.Tensor | None
+        self,
+        x: QuantizedActivations,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        low_rank: quantized_linear.LowRank | None,
     ) -> torch.Tensor:
         xq, x_scale = x.codes_for(self._quantizer(x.device))
         tune = self.lowbit_settings.tune
         if isinstance(weight, Int8Weight):
-            return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype, tune)
+            return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype, tune, low_rank)
         row_scale = self._row_scale_of(weight)
-        return quantized_linear.ggml_weight_linear_of_codes(xq, x_scale, weight, bias, x.dtype, row_scale, tune)
+        return quantized_linear.ggml_weight_linear_of_codes(
+            xq, x_scale, weight, bias, x.dtype, row_scale, tune, low_rank
+        )
 
     @property
     def mode(self) -> str:
         """`int8` or `exact`: how the weight as it is loaded computes; `exact` for one that is not quantized."""
-        if self._mode is None:
-            weight = layouts.from_host(self.weight)
-            self._mode = "exact" if weight is None else self.lowbit_settings.mode_of(weight)
-        return self._mode
+        weight = layouts.from_host(self.weight)
+        return "exact" if weight is None else self.lowbit_settings.mode_of(weight)
 
     def quantizer(self, x: torch.Tensor) -> Quantizer | None:
         """How a fused kernel may quantize what this layer reads, or None where the layer has to see the floats x.
 
-        A LoRA's side path reads them, as do hooks and a `forward` that another pack has put here; a patched weight may
-        no longer be quantized, and few tokens are not quantized.
+        Hooks do, and a `forward` that another pack has put here; a patched weight may no longer be quantized, and few
+        tokens are not quantized.
         """
         if differentiated(x) or changed(self) is not None:
             return None
-        if self.model_patches or self.hook_patches or self.weight_function or self.weight_lowvram_function is not None:
+        if self.weight_function or self.weight_lowvram_function is not None:
             return None
         return self._quantizer(x.device) if quantized_linear.wants_int8(x, self.mode) else None
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether this layer also reads the floats that quantized activations stand for: a LoRA's side path does."""
+        return bool(self.model_patches or self.hook_patches)
 
     def _quantizer(self, device: torch.device) -> Quantizer:
         weight = layouts.from_host(self.weight)
@@ -268,7 +292,7 @@ class LowbitLinear:
     def register_parameter(self, name, param):
         """However the weight is replaced or moved, it comes through here: what was found out about the old one ends."""
         if name == "weight":
-            self._row_scale = self._smooth = self._mode = None
+            self._row_scale = self._smooth = None
         super().register_parameter(name, param)
 
     # What the host's patchers call

@@ -23,8 +23,9 @@ from comfy.model_patcher import (
 )
 from comfy.patcher_extension import CallbacksMP
 
+from ..kernels import scratch
 from . import layouts
-from .lora import LowRankTerm, low_rank_terms, small_changes
+from .lora import LowRankSum, low_rank_sum, small_changes
 from .ops import LowbitLinear
 
 
@@ -66,6 +67,10 @@ class _KeepsQuantized:
     def load(self, *args, **kwargs):
         super().load(*args, **kwargs)
         self._hand_over_patches()
+
+    def detach(self, unpatch_all=True):
+        scratch.release()
+        return super().detach(unpatch_all)
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights)
@@ -113,9 +118,11 @@ class _KeepsQuantized:
             _without_patches(module)
             if key not in self.patches:
                 continue
-            terms = None if key in self.weight_wrapper_patches else low_rank_terms(self.patches[key])
-            if terms is not None:
-                module.model_patches = terms
+            patches = None
+            if key not in self.weight_wrapper_patches:
+                patches = low_rank_sum(self.patches[key], *module.weight.shape)
+            if patches is not None:
+                module.model_patches = [patches]
             else:
                 module.weight_function = [LowVramPatch(key, self.patches), *module.weight_function]
 
@@ -153,16 +160,16 @@ class LowbitModelPatcherDynamic(_KeepsQuantized, ModelPatcherDynamic):
     # The host sees no LoRA matrices on the device: they are ours, beside its own memory.
 
     def loaded_size(self):
-        return super().loaded_size() + sum(term.device_bytes for term in self._terms())
+        return super().loaded_size() + sum(patches.device_bytes for patches in self._low_rank())
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = super().partially_unload(device_to, memory_to_free, force_patch_weights)
         if freed < memory_to_free:
-            freed += sum(term.release() for term in self._terms())
+            freed += sum(patches.release() for patches in self._low_rank())
         return freed
 
-    def _terms(self) -> list[LowRankTerm]:
-        return [term for _, module in self._linears() for term in module.model_patches]
+    def _low_rank(self) -> list[LowRankSum]:
+        return [patches for _, module in self._linears() for patches in module.model_patches]
 
 
 class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
@@ -183,9 +190,11 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
             module = self._quantized_linear(key)
             if module is None:
                 continue
-            terms = None if key in self.weight_wrapper_patches else low_rank_terms(patches)
-            if terms is not None:
-                module.hook_patches = terms
+            low_rank = None
+            if key not in self.weight_wrapper_patches:
+                low_rank = low_rank_sum(patches, *module.weight.shape)
+            if low_rank is not None:
+                module.hook_patches = [low_rank]
             else:
                 original = self.backup[key].weight if key in self.backup else module.weight
                 module.weight_function = [*module.weight_function, _HookPatch(key, patches, original)]

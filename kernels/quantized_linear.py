@@ -33,6 +33,8 @@ from .unpack import unpack
 from .unpack_int8 import unpack_int8
 from .unpack_to_int8 import find_row_scale
 
+LowRank = tuple[torch.Tensor, torch.Tensor]  # hidden [..., R] and up [N, R]
+
 SMALL_M = weight_only.LARGEST_M
 SMALLEST_EXACT_BITS = 6
 ROTATION_GROUP = 256
@@ -62,22 +64,28 @@ def wants_int8(x: torch.Tensor, mode: str) -> bool:
 
 
 def int8_weight_linear(
-    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, mode: str, tune: bool = True
+    x: torch.Tensor,
+    weight: Int8Weight,
+    bias: torch.Tensor | None,
+    mode: str,
+    tune: bool = True,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """y[..., N] = x[..., K] @ w[N, K].T + bias for an INT8 weight; mode is `exact` or `int8`. Returns x's dtype.
 
-    tune: whether the product may measure its configurations at the first call of a shape.
+    tune: whether the product may measure its configurations at the first call of a shape. low_rank: hidden [..., R] and
+    up [N, R] in x's dtype of a term hidden @ up.T to be added, or None.
     """
     if wants_int8(x, mode):
         xq, x_scale = quantize_per_token(x, weight.smooth, weight.rotation_group)
-        return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype, tune)
+        return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype, tune, low_rank)
     if x.numel() <= SMALL_M * x.shape[-1] and not x.requires_grad:
         if weight.smooth is not None:
             x = (x.float() * weight.smooth).to(x.dtype)
         if weight.rotation_group:
             x = rotate(x.float(), weight.rotation_group).to(x.dtype)
-        return weight_only.weight_only_int8_linear(x, weight.data, weight.scale, bias)
-    return torch.nn.functional.linear(x, unpack_int8(weight, x.dtype), bias)
+        return add_low_rank(weight_only.weight_only_int8_linear(x, weight.data, weight.scale, bias), low_rank)
+    return add_low_rank(torch.nn.functional.linear(x, unpack_int8(weight, x.dtype), bias), low_rank)
 
 
 def ggml_weight_linear(
@@ -87,18 +95,21 @@ def ggml_weight_linear(
     mode: str,
     row_scale: torch.Tensor | None = None,
     tune: bool = True,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """y[..., N] = x[..., K] @ w[N, K].T + bias for a GGML weight; mode is `exact` or `int8`. Returns x's dtype.
 
-    row_scale: float32 [N, 1] that `find_row_scale` gave for this weight, rotated by `row_rotation_group`, or
-    None to find it in this call. tune: whether the product may measure its configurations at the first call of a shape.
+    row_scale: float32 [N, 1] that `find_row_scale` gave for this weight, rotated by `row_rotation_group`, or None to
+    find it in this call. tune, low_rank: as in `int8_weight_linear`.
     """
     if wants_int8(x, mode):
         xq, x_scale = quantize_per_token(x, None, row_rotation_group(weight))
-        return ggml_weight_linear_of_codes(xq, x_scale, weight, bias, x.dtype, row_scale, tune)
+        return ggml_weight_linear_of_codes(xq, x_scale, weight, bias, x.dtype, row_scale, tune, low_rank)
     if x.requires_grad:
-        return torch.nn.functional.linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)
-    return ggml_linear(x, weight.data, weight.ggml_type, bias)
+        y = torch.nn.functional.linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)
+    else:
+        y = ggml_linear(x, weight.data, weight.ggml_type, bias)
+    return add_low_rank(y, low_rank)
 
 
 def ggml_weight_linear_of_codes(
@@ -109,10 +120,21 @@ def ggml_weight_linear_of_codes(
     out_dtype: torch.dtype,
     row_scale: torch.Tensor | None = None,
     tune: bool = True,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """`ggml_weight_linear` in mode `int8` for xq int8 [..., K] and x_scale float32 [..., 1], quantized per token and
     rotated by `row_rotation_group`. Returns out_dtype."""
     group = row_rotation_group(weight)
     if row_scale is None:
         row_scale = find_row_scale(weight.data, weight.ggml_type, group)
-    return ggml_int8_linear(xq, x_scale, weight.data, weight.ggml_type, row_scale, group, bias, out_dtype, tune)
+    return ggml_int8_linear(
+        xq, x_scale, weight.data, weight.ggml_type, row_scale, group, bias, out_dtype, tune, low_rank
+    )
+
+
+def add_low_rank(y: torch.Tensor, low_rank: LowRank | None) -> torch.Tensor:
+    """y[..., N] with hidden[..., R] @ up[N, R].T added in place, if there is such a term."""
+    if low_rank is not None:
+        hidden, up = low_rank
+        y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.t())
+    return y

@@ -1,4 +1,4 @@
-"""Memory for what an op needs only while it runs: one buffer a device, reused by every call.
+"""Memory for what an op needs only while it runs: a buffer on the device that every call reuses.
 
 An unpacked weight is a large, short-lived tensor of another size in every layer. From an allocator, these leave holes:
 ComfyUI's default one (cudaMallocAsync) held 3.2 GiB for a model whose layers need 64 MiB at a time.
@@ -11,25 +11,35 @@ import threading
 
 import torch
 
-# Above, memory is allocated for the call: a buffer that is never given back has to be small.
+# Above, memory is allocated for the call: a buffer that is kept has to be small.
 LARGEST_BYTES = 128 * 2**20
 
-# A thread has buffers of its own: its launches may come between those of another one on the same stream.
-_buffers = threading.local()
+_buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialized tensor, valid until the next call with this thread, device and stream.
+    """An uninitialized tensor, valid until the next call by this thread for this device.
 
-    Only for use within one op: the buffer's next user overwrites it. Larger ones than LARGEST_BYTES, those on other
-    devices than CUDA and those that a CUDA graph records (whose memory belongs to the graph) are allocated anew.
+    Only for use within one op: the buffer's next user overwrites it. It is kept for a device's default stream alone, on
+    which ComfyUI computes. On other streams other work may be in flight, and CUDA graphs, which are warmed up and
+    captured there, want every piece of their memory to be theirs: memory is allocated anew, as are sizes above
+    LARGEST_BYTES and tensors of other devices than CUDA.
     """
     size_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cuda" or size_bytes > LARGEST_BYTES or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or size_bytes > LARGEST_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    buffers = _buffers.__dict__
-    if key not in buffers or buffers[key].numel() < size_bytes:
-        buffers.pop(key, None)  # given back before the larger one is asked for
-        buffers[key] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
-    return buffers[key][:size_bytes].view(dtype).view(shape)
+    if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        return torch.empty(shape, dtype=dtype, device=device)
+    # A thread has a buffer of its own: its launches may come between those of another one.
+    key = device, threading.get_ident()
+    buffer = _buffers.get(key)
+    if buffer is None or buffer.numel() < size_bytes:
+        _buffers.pop(key, None)
+        del buffer  # given back before the larger one is asked for
+        buffer = _buffers[key] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    return buffer[:size_bytes].view(dtype).view(shape)
+
+
+def release() -> None:
+    """Give all buffers back; the next calls allocate them again."""
+    _buffers.clear()

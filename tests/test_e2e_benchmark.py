@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -78,7 +79,8 @@ def test_every_number_is_in_the_json_file_and_the_profile_beside_it(measured):
 
 
 def test_a_later_run_adds_its_rows_and_refers_to_the_first_ones_stock_model(measured, tmp_path):
-    folder, _ = measured
+    folder = tmp_path / "later"
+    shutil.copytree(measured[0], folder)
     earlier = rows_of(folder)
     printed = run(folder, "lowbit_int8_int8", "--cold")
     assert "errors refer to stock_bf16 of an earlier run" in printed

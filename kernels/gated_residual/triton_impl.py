@@ -16,7 +16,7 @@ from ..quantize_per_token.triton_impl import (
     token_constants,
     token_refusal,
 )
-from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate
+from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate, store_features
 
 if TYPE_CHECKING:
     from . import GatedResidualCall
@@ -82,15 +82,3 @@ def _gated_residual_kernel(
     if BLOCK_B:
         b = residual_b + modulate(b * inverse_rms, weight_ptr, gate_ptr, BLOCK_A, K, BLOCK_B)
         store_features(x_ptr + m * K, b, BLOCK_A, K, BLOCK_B)
-
-
-@triton.jit
-def store_features(ptr, x, start, K, BLOCK: tl.constexpr):
-    """Rounds x[BLOCK] to the pointer's dtype and stores it; returns the float32 of what was stored."""
-    x = x.to(ptr.dtype.element_ty)
-    k = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= K:
-        tl.store(ptr + k, x)
-    else:
-        tl.store(ptr + k, x, mask=k < K)
-    return x.to(tl.float32)

@@ -15,7 +15,8 @@ OP = Op(__name__, ("triton_impl", "reference"))
 @dataclasses.dataclass(frozen=True)
 class GatedResidualNormQuantizeCall:
     """One checked call: `residual` and `y` float [M, K] of one dtype, `y_weight` and `weight` float [K], `gate` and
-    `scale` float [S, K] with M a multiple of S, `smooth` float32 [K] or None, `rotation_group` 0 or a divisor of K."""
+    `scale` float [S, K] with M a multiple of S, `smooth` float32 [K] or None, `rotation_group` 0 or a divisor of K,
+    `keep_values` whether the values of the codes are a result too."""
 
     residual: torch.Tensor
     y: torch.Tensor
@@ -26,6 +27,7 @@ class GatedResidualNormQuantizeCall:
     eps: float
     smooth: torch.Tensor | None
     rotation_group: int
+    keep_values: bool = False
 
 
 def gated_residual_norm_quantize(
@@ -38,13 +40,15 @@ def gated_residual_norm_quantize(
     eps: float,
     smooth: torch.Tensor | None = None,
     rotation_group: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keep_values: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """`gated_residual` followed by `rms_norm_scale_quantize`, without reading x back.
 
     residual, y: float [..., L, K] of one dtype. y_weight, weight: float [K], of the norms of y and of the sum. gate,
     scale: float [..., 1, K], one row a sample. eps: of both norms. smooth, rotation_group: as in `quantize_per_token`.
+    keep_values: store rms_norm(x) * weight * scale too, rounded once to residual's dtype, neither smoothed nor rotated.
     Returns x [..., L, K] in residual's dtype, and of rms_norm(x) * weight * scale the codes xq int8 [..., L, K] and
-    x_scale float32 [..., L, 1]. The second norm reads x as rounded.
+    x_scale float32 [..., L, 1], and with keep_values the values [..., L, K]. The second norm reads x as rounded.
 
     Raises ValueError naming shapes and dtypes that do not fit.
     """
@@ -54,7 +58,7 @@ def gated_residual_norm_quantize(
     K = residual.shape[-1]
     if tuple(weight.shape) != (K,):
         raise ValueError(f"{name}: weight must have shape ({K},), got {tuple(weight.shape)}")
-    x, xq, x_scale = torch.ops.lowbit.gated_residual_norm_quantize(
+    x, xq, x_scale, values = torch.ops.lowbit.gated_residual_norm_quantize(
         residual.reshape(-1, K),
         y.reshape(-1, K),
         y_weight,
@@ -64,8 +68,10 @@ def gated_residual_norm_quantize(
         eps,
         smooth,
         rotation_group,
+        keep_values,
     )
-    return x.reshape(residual.shape), xq.reshape(residual.shape), x_scale.reshape(*residual.shape[:-1], 1)
+    x_and_codes = x.reshape(residual.shape), xq.reshape(residual.shape), x_scale.reshape(*residual.shape[:-1], 1)
+    return (*x_and_codes, values.reshape(residual.shape)) if keep_values else x_and_codes
 
 
 @custom_op("gated_residual_norm_quantize")
@@ -79,9 +85,12 @@ def _gated_residual_norm_quantize(
     eps: float,
     smooth: torch.Tensor | None,
     rotation_group: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keep_values: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return OP.run(
-        GatedResidualNormQuantizeCall(residual, y, y_weight, gate, weight, scale, eps, smooth, rotation_group)
+        GatedResidualNormQuantizeCall(
+            residual, y, y_weight, gate, weight, scale, eps, smooth, rotation_group, keep_values
+        )
     )
 
 
@@ -96,9 +105,11 @@ def _(
     eps: float,
     smooth: torch.Tensor | None,
     rotation_group: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keep_values: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         residual.new_empty(residual.shape),
         residual.new_empty(residual.shape, dtype=torch.int8),
         residual.new_empty((residual.shape[0], 1), dtype=torch.float32),
+        residual.new_empty(residual.shape if keep_values else (0,)),
     )

@@ -20,9 +20,9 @@ def supports(call: GatedResidualNormQuantizeCall) -> str | None:
     return None
 
 
-def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     x = gated_residual.run(GatedResidualCall(call.residual, call.y, call.y_weight, call.gate, call.eps))
-    xq, x_scale = rms_norm_scale_quantize.run(
-        RmsNormScaleQuantizeCall(x, call.weight, call.scale, call.eps, call.smooth, call.rotation_group)
+    norm_call = RmsNormScaleQuantizeCall(
+        x, call.weight, call.scale, call.eps, call.smooth, call.rotation_group, call.keep_values
     )
-    return x, xq, x_scale
+    return x, *rms_norm_scale_quantize.run(norm_call)

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gated_residual.triton_impl import store_features
 from ..quantize_per_token.triton_impl import (
     HELD_K,
     absmax_of_parts,
@@ -21,7 +20,7 @@ from ..quantize_per_token.triton_impl import (
     token_refusal,
     transform_features,
 )
-from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate
+from ..rms_norm_scale_quantize.triton_impl import inverse_root, modulate, store_features
 
 if TYPE_CHECKING:
     from . import GatedResidualNormQuantizeCall
@@ -32,12 +31,13 @@ def supports(call: GatedResidualNormQuantizeCall) -> str | None:
     return token_refusal(call.residual, call.rotation_group, HELD_K)
 
 
-def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     residual, y, gate, scale = (row_major(t) for t in (call.residual, call.y, call.gate, call.scale))
     M, K = residual.shape
     x = torch.empty((M, K), dtype=residual.dtype, device=residual.device)
     xq = torch.empty((M, K), dtype=torch.int8, device=residual.device)
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=residual.device)
+    values = torch.empty((M, K) if call.keep_values else (0,), dtype=residual.dtype, device=residual.device)
     if M:
         with torch.cuda.device_of(x):
             _gated_residual_norm_quantize_kernel[(M,)](
@@ -51,6 +51,7 @@ def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor
                 x,
                 xq,
                 x_scale,
+                values if call.keep_values else None,
                 residual.stride(0),
                 y.stride(0),
                 gate.stride(0),
@@ -60,7 +61,7 @@ def run(call: GatedResidualNormQuantizeCall) -> tuple[torch.Tensor, torch.Tensor
                 ROTATE=call.rotation_group != 0,
                 **token_constants(K),
             )
-    return x, xq, x_scale
+    return x, xq, x_scale, values
 
 
 @triton.jit(do_not_specialize=["sample_tokens"])
@@ -75,6 +76,7 @@ def _gated_residual_norm_quantize_kernel(
     x_ptr,
     xq_ptr,
     x_scale_ptr,
+    values_ptr,
     stride_rm,
     stride_ym,
     stride_gate,
@@ -105,9 +107,13 @@ def _gated_residual_norm_quantize_kernel(
         b = store_features(x_ptr + m * K, b, BLOCK_A, K, BLOCK_B)
     square_sum = sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B)
     a = modulate(a, weight_ptr, scale_ptr, 0, K, BLOCK_A)
+    if values_ptr is not None:
+        store_features(values_ptr + m * K, a * inverse_root(square_sum / K + eps), 0, K, BLOCK_A)
     a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
     if BLOCK_B:
         b = modulate(b, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
+        if values_ptr is not None:
+            store_features(values_ptr + m * K, b * inverse_root(square_sum / K + eps), BLOCK_A, K, BLOCK_B)
         b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, dtype, BLOCK_B, HADAMARD_DTYPE)
     code_scale = scale_of(absmax_of_parts(a, b, BLOCK_A, BLOCK_B))
     tl.store(x_scale_ptr + m, code_scale * inverse_root(square_sum / K + eps))

@@ -8,7 +8,7 @@ import torch
 from ...formats import ggml
 from ..dispatch import custom_op
 from ..int8_linear import OP as INT8_LINEAR
-from ..int8_linear import Int8LinearCall
+from ..int8_linear import Int8LinearCall, flat_low_rank
 from ..unpack_to_int8 import OP as UNPACK_TO_INT8
 from ..unpack_to_int8 import UnpackToInt8Call
 
@@ -23,12 +23,13 @@ def ggml_int8_linear(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     tune: bool = True,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The linear layer on quantized activations and a GGML weight.
 
     xq: int8 [..., K], rotated as the rows are to be. x_scale: float32 [..., 1], per-token. blocks: uint8 [N, row bytes]
     of the GGML type. row_scale: float32 [N, 1] that `find_row_scale` gave for these blocks and this rotation_group.
-    bias: [N] or None. tune: as in `int8_linear`. Returns [..., N] in out_dtype.
+    bias: [N] or None. tune, low_rank: as in `int8_linear`. Returns [..., N] in out_dtype.
     Raises ValueError naming shapes and dtypes that do not fit, UnknownQuantizationError for the type.
     """
     N, K = blocks.shape[0], xq.shape[-1]
@@ -55,6 +56,7 @@ def ggml_int8_linear(
         raise ValueError(f"ggml_int8_linear: rotation group {rotation_group} does not divide K={K}")
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"ggml_int8_linear: bias must have shape ({N},), got {tuple(bias.shape)}")
+    hidden, up = flat_low_rank("ggml_int8_linear", xq, N, out_dtype, low_rank)
     y = torch.ops.lowbit.ggml_int8_linear(
         xq.reshape(-1, K),
         x_scale.reshape(-1, 1),
@@ -65,6 +67,8 @@ def ggml_int8_linear(
         bias,
         out_dtype,
         tune,
+        hidden,
+        up,
     )
     return y.reshape(*xq.shape[:-1], N)
 
@@ -80,9 +84,11 @@ def _ggml_int8_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tune: bool,
+    hidden: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     wq = UNPACK_TO_INT8.run(UnpackToInt8Call(blocks, ggml_type, row_scale, rotation_group, in_scratch=True))
-    return INT8_LINEAR.run(Int8LinearCall(xq, x_scale, wq, row_scale, bias, out_dtype, tune))
+    return INT8_LINEAR.run(Int8LinearCall(xq, x_scale, wq, row_scale, bias, out_dtype, tune, hidden, up))
 
 
 @_ggml_int8_linear.register_fake
@@ -96,5 +102,7 @@ def _(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tune: bool,
+    hidden: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return xq.new_empty((xq.shape[0], blocks.shape[0]), dtype=out_dtype)

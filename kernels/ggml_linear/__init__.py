@@ -26,7 +26,8 @@ def ggml_linear(
     """The linear layer as a GGUF file means it. No gradients.
 
     x: float [..., K]. blocks: uint8 [N, row bytes] of the GGML type (`Q4_K`, `Q8_0`, ...). bias: [N] or None. Returns
-    [..., N] in x's dtype: the sum in float32 or better, of weights rounded to x's dtype or not at all, rounded once.
+    [..., N] in x's dtype: of weights rounded to x's dtype or not at all; summed in float32 by Triton for few tokens,
+    else by the library's product as torch is set.
     Raises ValueError naming shapes and dtypes that do not fit, UnknownQuantizationError for the type.
     """
     K = x.shape[-1]

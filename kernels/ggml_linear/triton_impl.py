@@ -1,13 +1,13 @@
 """y[M, N] = x[M, K] @ w[N, K].T + bias[N], M <= 16: bound by reading the blocks, which are decoded in registers.
 
-A program computes some output features of all tokens, 256 elements of each row at a time, with the decoders of
+A program computes some output features of all tokens, some blocks of each row at a time, with the decoders of
 `unpack`. One token is multiplied and summed directly; more go through the tensor cores, whose smallest tile has 16
 rows, with the weights rounded to x's dtype.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -20,11 +20,18 @@ from ..weight_only_int8_linear import LARGEST_M
 if TYPE_CHECKING:
     from . import GgmlLinearCall
 
-# Output features of a program: one token's sums take registers for each place of a step, few leave room for programs.
-DIRECT_BLOCK_N = 8
-BLOCK_N = 16
-NUM_WARPS = 4
-STEP_ELEMENTS = 256  # of a row at a time: one super-block of the K types
+
+class Tile(NamedTuple):
+    """block_n: output features of a program. step_elements: of a row at a time."""
+
+    block_n: int
+    num_warps: int
+    step_elements: int
+
+
+# One token's sums take registers for each place of a step: few features leave room for more programs.
+ONE_TOKEN = Tile(8, 4, 256)
+MORE_TOKENS = Tile(16, 4, 256)
 
 
 def supports(call: GgmlLinearCall) -> str | None:
@@ -45,11 +52,10 @@ def run(call: GgmlLinearCall) -> torch.Tensor:
     N = blocks.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     decoder = DECODERS[call.ggml_type]
-    direct = M == 1
-    block_n = DIRECT_BLOCK_N if direct else BLOCK_N
+    tile = ONE_TOKEN if M == 1 else MORE_TOKENS
     if M and N:
         with torch.cuda.device_of(y):
-            _ggml_linear_kernel[(triton.cdiv(N, block_n),)](
+            _ggml_linear_kernel[(triton.cdiv(N, tile.block_n),)](
                 x,
                 blocks,
                 None if call.bias is None else call.bias.contiguous(),
@@ -59,12 +65,12 @@ def run(call: GgmlLinearCall) -> torch.Tensor:
                 K // decoder.unit_elements,
                 x.stride(0),
                 blocks.shape[1],
-                DIRECT=direct,
+                DIRECT=M == 1,
                 BLOCK_M=LARGEST_M,
-                BLOCK_N=block_n,
-                STEP_UNITS=max(1, STEP_ELEMENTS // decoder.unit_elements),
+                BLOCK_N=tile.block_n,
+                STEP_UNITS=max(1, tile.step_elements // decoder.unit_elements),
                 DOT_DTYPE=tl.float32 if interpreted() else None,  # the interpreter has no bf16 products
-                num_warps=NUM_WARPS,
+                num_warps=tile.num_warps,
                 **decoder.constants(call.ggml_type),
             )
     return y

@@ -1,5 +1,5 @@
-"""y[M, N] = (xq[M, K] @ wq[N, K].T) * x_scale[M, 1] * w_scale[N, 1].T + bias[N]: exact int32 sum, one float32
-epilogue."""
+"""y[M, N] = (xq[M, K] @ wq[N, K].T) * x_scale[M, 1] * w_scale[N, 1].T + bias[N] + hidden[M, R] @ up[N, R].T: exact
+int32 sum, one float32 epilogue, which has room for a low-rank term such as a LoRA's."""
 
 import dataclasses
 
@@ -13,7 +13,8 @@ OP = Op(__name__, ("triton_impl", "torch_impl", "reference"))
 @dataclasses.dataclass(frozen=True)
 class Int8LinearCall:
     """One checked call: xq int8 [M, K], x_scale float32 [M, 1], wq int8 [N, K], w_scale float32 [1, 1] or [N, 1], bias
-    [N]. tune: whether a kernel may measure its configurations at first use."""
+    [N], hidden [M, R] and up [N, R] of the out dtype, or both None. tune: whether a kernel may measure its
+    configurations at first use."""
 
     xq: torch.Tensor
     x_scale: torch.Tensor
@@ -22,6 +23,8 @@ class Int8LinearCall:
     bias: torch.Tensor | None
     out_dtype: torch.dtype
     tune: bool = False
+    hidden: torch.Tensor | None = None
+    up: torch.Tensor | None = None
 
     @property
     def M(self) -> int:
@@ -42,7 +45,11 @@ class Int8LinearCall:
     def epilogue(self, product: torch.Tensor) -> torch.Tensor:
         """Scales and bias in float32 on the product [M, N], rounded once to the out dtype."""
         y = product.float() * self.x_scale * self.w_scale.reshape(1, -1)
-        return (y if self.bias is None else y + self.bias.float()).to(self.out_dtype)
+        if self.bias is not None:
+            y += self.bias.float()
+        if self.hidden is not None:
+            y += self.hidden.float() @ self.up.float().t()
+        return y.to(self.out_dtype)
 
 
 def int8_linear(
@@ -53,13 +60,14 @@ def int8_linear(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     tune: bool = True,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The linear layer on quantized operands.
 
     xq: int8 [..., K]. x_scale: float32 [..., 1], per-token. wq: int8 [N, K]. w_scale: float32, per-tensor (one
     element) or per-channel (N elements). bias: [N] or None. tune: whether a kernel may measure its configurations at
-    the first call of a shape (`kernels.tuning`). Returns [..., N] in out_dtype. The integer sum is exact for
-    K < 131072.
+    the first call of a shape (`kernels.tuning`). low_rank: hidden [..., R] and up [N, R] in out_dtype, or None: adds
+    hidden @ up.T. Returns [..., N] in out_dtype. The integer sum is exact for K < 131072.
 
     Raises ValueError naming shapes and dtypes that do not fit.
     """
@@ -78,10 +86,29 @@ def int8_linear(
         raise ValueError(f"int8_linear: x_scale must have shape {(*xq.shape[:-1], 1)}, got {tuple(x_scale.shape)}")
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"int8_linear: bias must have shape ({N},), got {tuple(bias.shape)}")
+    hidden, up = flat_low_rank("int8_linear", xq, N, out_dtype, low_rank)
     y = torch.ops.lowbit.int8_linear(
-        xq.reshape(-1, K), x_scale.reshape(-1, 1), wq, w_scale.reshape(-1, 1), bias, out_dtype, tune
+        xq.reshape(-1, K), x_scale.reshape(-1, 1), wq, w_scale.reshape(-1, 1), bias, out_dtype, tune, hidden, up
     )
     return y.reshape(*xq.shape[:-1], N)
+
+
+def flat_low_rank(
+    op: str, xq: torch.Tensor, N: int, out_dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """hidden [M, R] and up [N, R] of a low-rank term for tokens xq [..., K]. Raises ValueError for other shapes."""
+    if low_rank is None:
+        return None, None
+    hidden, up = low_rank
+    rank = up.shape[-1]
+    if tuple(hidden.shape) != (*xq.shape[:-1], rank) or tuple(up.shape) != (N, rank):
+        raise ValueError(
+            f"{op}: a low-rank term needs hidden {(*xq.shape[:-1], 'R')} and up {(N, 'R')}, got "
+            f"{tuple(hidden.shape)} and {tuple(up.shape)}"
+        )
+    if hidden.dtype != out_dtype or up.dtype != out_dtype:
+        raise ValueError(f"{op}: a low-rank term must be {out_dtype}, got {hidden.dtype} and {up.dtype}")
+    return hidden.reshape(-1, rank), up
 
 
 @custom_op("int8_linear")
@@ -93,8 +120,10 @@ def _int8_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tune: bool,
+    hidden: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return OP.run(Int8LinearCall(xq, x_scale, wq, w_scale, bias, out_dtype, tune))
+    return OP.run(Int8LinearCall(xq, x_scale, wq, w_scale, bias, out_dtype, tune, hidden, up))
 
 
 @_int8_linear.register_fake
@@ -106,5 +135,7 @@ def _(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tune: bool,
+    hidden: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return xq.new_empty((xq.shape[0], wq.shape[0]), dtype=out_dtype)

@@ -41,8 +41,9 @@ def run(call: Int8LinearCall) -> torch.Tensor:
         return call.epilogue(torch._int_mm(call.xq.contiguous(), wq.t()))
     y = torch.empty((call.M, call.N), dtype=call.out_dtype, device=call.device)
     # Nearly equal parts: a short last one could fall below the 17 tokens that CUDA wants.
+    hidden = [None] * parts if call.hidden is None else call.hidden.tensor_split(parts)
     parted = (tensor.tensor_split(parts) for tensor in (call.xq, call.x_scale, y))
-    for xq, x_scale, out in zip(*parted, strict=True):
-        part = dataclasses.replace(call, xq=xq, x_scale=x_scale)
+    for xq, x_scale, out, part_hidden in zip(*parted, hidden, strict=True):
+        part = dataclasses.replace(call, xq=xq, x_scale=x_scale, hidden=part_hidden)
         out.copy_(part.epilogue(torch._int_mm(xq.contiguous(), wq.t())))
     return y

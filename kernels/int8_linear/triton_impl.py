@@ -1,4 +1,4 @@
-"""y[M, N] = (xq[M, K] @ wq[N, K].T) * x_scale[M, 1] * w_scale[N, 1].T + bias[N]
+"""y[M, N] = (xq[M, K] @ wq[N, K].T) * x_scale[M, 1] * w_scale[N, 1].T + bias[N] + hidden[M, R] @ up[N, R].T
 xq per-token int8, wq per-channel or per-tensor int8, scales float32; the int32 sum is exact for K < 131072.
 
 A program computes one tile of y. Tiles are visited in groups of rows of tiles, so that programs that run at the same
@@ -23,7 +23,7 @@ except ImportError:
     TensorDescriptor = None
 
 from .. import tuning
-from ..capability import triton_refusal
+from ..capability import interpreted, triton_refusal
 from . import configs
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SOURCE = tuning.source_hash(__file__, configs.__file__)
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SUM_BLOCK = 1024
+RANKS = (16, 32, 64, 128)  # of a low-rank term that the epilogue adds: others, and in split products, are added after
+RANK_STEP = 16
 
 
 def supports(call: Int8LinearCall) -> str | None:
@@ -60,7 +62,9 @@ def run(call: Int8LinearCall) -> torch.Tensor:
             lambda config: _launch(call, xq, wq, y, config),
             call.tune,
         )
-        _launch(call, xq, wq, y, config)
+        adds_low_rank = _launch(call, xq, wq, y, config)
+    if call.hidden is not None and not adds_low_rank:
+        y.addmm_(call.hidden, call.up.t())
     return y
 
 
@@ -79,7 +83,8 @@ def _descriptors(
     )
 
 
-def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.Tensor, config: dict) -> None:
+def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.Tensor, config: dict) -> bool:
+    """Returns whether the low-rank term, if any, is in y."""
     M, N, K = call.M, call.N, call.K
     tiles_m = -(-M // config["BLOCK_M"])
     tiles = tiles_m * -(-N // config["BLOCK_N"])
@@ -90,11 +95,15 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
     parts = -(-steps // part_steps)
     sums = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.int32, device=y.device)
     descriptors = _descriptors(xq, wq, sums, config) if config["TMA"] else None
+    low_rank = call.hidden is not None and call.up.shape[1] in RANKS and call.up.element_size() == 2
+    fused = low_rank and parts == 1
     _int8_linear_kernel[(tiles, parts)](
         *(descriptors or (xq, wq, sums)),
         call.x_scale,
         call.w_scale,
         call.bias,
+        call.hidden.contiguous() if fused else None,
+        call.up.contiguous() if fused else None,
         M,
         N,
         K,
@@ -106,6 +115,9 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
         SPLIT=parts > 1,
         EVEN_K=K % config["BLOCK_K"] == 0,
         TMA=descriptors is not None,
+        RANK=call.up.shape[1] if fused else 0,
+        RANK_STEP=min(call.up.shape[1], RANK_STEP) if fused else 0,
+        DOT_DTYPE=tl.float32 if interpreted() else None,  # the interpreter has no bf16 products
         **{name: value for name, value in config.items() if name not in ("GROUP_M", "TMA")},
     )
     if parts > 1:
@@ -121,6 +133,7 @@ def _launch(call: Int8LinearCall, xq: torch.Tensor, wq: torch.Tensor, y: torch.T
             PER_CHANNEL=call.w_scale.numel() > 1,
             BLOCK=SUM_BLOCK,
         )
+    return fused
 
 
 @triton.jit(do_not_specialize=["M", "part_steps", "group_m"])
@@ -131,6 +144,8 @@ def _int8_linear_kernel(
     x_scale_ptr,
     w_scale_ptr,
     bias_ptr,
+    hidden_ptr,
+    up_ptr,
     M,
     N,
     K,
@@ -142,6 +157,9 @@ def _int8_linear_kernel(
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,  # xq_ptr, wq_ptr and y_ptr are tensor descriptors
+    RANK: tl.constexpr,  # of the low-rank term, or 0
+    RANK_STEP: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -165,6 +183,15 @@ def _int8_linear_kernel(
     else:
         x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
         y = _scaled(total, x_scale[:, None], w_scale_ptr, bias_ptr, n, N, PER_CHANNEL)
+        if RANK:
+            dtype: tl.constexpr = hidden_ptr.dtype.element_ty if DOT_DTYPE is None else DOT_DTYPE
+            r = tl.arange(0, RANK_STEP)
+            hidden_ptrs = hidden_ptr + m.to(tl.int64)[:, None] * RANK + r[None, :]
+            up_ptrs = up_ptr + n[None, :] * RANK + r[:, None]
+            for start in range(0, RANK, RANK_STEP):  # a loop, because all operands at once would spill registers
+                hidden = tl.load(hidden_ptrs + start, mask=(m < M)[:, None], other=0.0)
+                up = tl.load(up_ptrs + start, mask=(n < N)[None, :], other=0.0)
+                y = tl.dot(hidden.to(dtype), up.to(dtype), y)
         if TMA:
             y_ptr.store([tile_m * BLOCK_M, tile_n * BLOCK_N], y.to(y_ptr.dtype))
         else:

@@ -1,4 +1,7 @@
-"""x[M, K] -> xq[M, K] int8, x_scale[M, 1] of rms_norm(x) * weight * scale: the input of a modulated block's linears."""
+"""x[M, K] -> xq[M, K] int8, x_scale[M, 1] of rms_norm(x) * weight * scale: the input of a modulated block's linears.
+
+The values themselves, which nothing but a LoRA reads, are stored only if asked for.
+"""
 
 import dataclasses
 
@@ -13,7 +16,8 @@ OP = Op(__name__, ("triton_impl", "reference"))
 @dataclasses.dataclass(frozen=True)
 class RmsNormScaleQuantizeCall:
     """One checked call: `x` float [M, K], `weight` float [K], `scale` float [S, K] or None with M a multiple of S (one
-    row a sample), `smooth` float32 [K] or None, `rotation_group` 0 or a divisor of K."""
+    row a sample), `smooth` float32 [K] or None, `rotation_group` 0 or a divisor of K, `keep_values` whether the values
+    are a result beside their codes."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -21,6 +25,7 @@ class RmsNormScaleQuantizeCall:
     eps: float
     smooth: torch.Tensor | None
     rotation_group: int
+    keep_values: bool = False
 
 
 def rms_norm_scale_quantize(
@@ -30,14 +35,16 @@ def rms_norm_scale_quantize(
     eps: float,
     smooth: torch.Tensor | None = None,
     rotation_group: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_values: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """RMSNorm and modulation, quantized per token in the same pass; everything in float32 up to the codes.
 
     What is rounded before a rotation, if x is bf16, is x * weight * scale, before the division by the token's rms.
 
     x: float [..., L, K]. weight: float [K]. scale: float, multiplies the normalized tokens: [..., 1, K], one row a
-    sample, or None. eps: added to the mean square. smooth, rotation_group: as in `quantize_per_token`. Returns xq int8
-    [..., L, K] and x_scale float32 [..., L, 1].
+    sample, or None. eps: added to the mean square. smooth, rotation_group: as in `quantize_per_token`. keep_values:
+    store rms_norm(x) * weight * scale too, rounded once to x's dtype, neither smoothed nor rotated. Returns xq int8
+    [..., L, K] and x_scale float32 [..., L, 1], and with keep_values those values [..., L, K].
 
     Raises ValueError naming shapes and dtypes that do not fit.
     """
@@ -46,8 +53,11 @@ def rms_norm_scale_quantize(
     if tuple(weight.shape) != (K,):
         raise ValueError(f"rms_norm_scale_quantize: weight must have shape ({K},), got {tuple(weight.shape)}")
     rows = sample_rows("rms_norm_scale_quantize", "scale", x, scale)
-    xq, x_scale = torch.ops.lowbit.rms_norm_scale_quantize(x.reshape(-1, K), weight, rows, eps, smooth, rotation_group)
-    return xq.reshape(x.shape), x_scale.reshape(*x.shape[:-1], 1)
+    xq, x_scale, values = torch.ops.lowbit.rms_norm_scale_quantize(
+        x.reshape(-1, K), weight, rows, eps, smooth, rotation_group, keep_values
+    )
+    codes = xq.reshape(x.shape), x_scale.reshape(*x.shape[:-1], 1)
+    return (*codes, values.reshape(x.shape)) if keep_values else codes
 
 
 def sample_rows(op: str, name: str, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
@@ -68,8 +78,9 @@ def _rms_norm_scale_quantize(
     eps: float,
     smooth: torch.Tensor | None,
     rotation_group: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return OP.run(RmsNormScaleQuantizeCall(x, weight, scale, eps, smooth, rotation_group))
+    keep_values: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return OP.run(RmsNormScaleQuantizeCall(x, weight, scale, eps, smooth, rotation_group, keep_values))
 
 
 @_rms_norm_scale_quantize.register_fake
@@ -80,5 +91,10 @@ def _(
     eps: float,
     smooth: torch.Tensor | None,
     rotation_group: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    keep_values: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((x.shape[0], 1), dtype=torch.float32),
+        x.new_empty(x.shape if keep_values else (0,)),
+    )

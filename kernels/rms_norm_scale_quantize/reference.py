@@ -1,6 +1,7 @@
 """xq, s = quantize(x * weight * scale); x_scale = s * rsqrt(mean(x**2) + eps), in float32.
 
-A token's root mean square is one number: it goes into its scale, and the codes are those of the values without it.
+A token's root mean square is one number: it goes into its scale, and the codes are those of the products without it.
+Kept values are the products with it, rounded once.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ def supports(call: RmsNormScaleQuantizeCall) -> str | None:
     return None
 
 
-def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
+def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     M, K = call.x.shape
     xq = torch.empty((M, K), dtype=torch.int8, device=call.x.device)
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=call.x.device)
+    values = torch.empty((M, K) if call.keep_values else (0,), dtype=call.x.dtype, device=call.x.device)
     for tokens in row_chunks(M, K, call.x.device):
         x = call.x[tokens].float()
-        values = x * call.weight.float()
+        products = x * call.weight.float()
         if call.scale is not None:
-            values *= rows_of_tokens(call.scale, tokens, M)
-        codes, code_scale = quantize_rows(values, call.smooth, call.rotation_group, call.x.dtype)
-        xq[tokens], x_scale[tokens] = codes, code_scale * inverse_rms(x, call.eps)
-    return xq, x_scale
+            products *= rows_of_tokens(call.scale, tokens, M)
+        token_factor = inverse_rms(x, call.eps)
+        codes, code_scale = quantize_rows(products, call.smooth, call.rotation_group, call.x.dtype)
+        xq[tokens], x_scale[tokens] = codes, code_scale * token_factor
+        if call.keep_values:
+            values[tokens] = products * token_factor
+    return xq, x_scale, values
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

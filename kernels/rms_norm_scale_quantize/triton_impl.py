@@ -1,7 +1,7 @@
 """xq, s = quantize(x * weight * scale), x_scale = s * rsqrt(mean(x**2) + eps): one program a token, held in registers.
 
 The norm's own reduction and the quantizer's run on the same registers and do not wait for each other: the root mean
-square goes into the token's scale. x is read once and only codes are written.
+square goes into the token's scale. x is read once and only codes are written, and the values if they are to be kept.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def supports(call: RmsNormScaleQuantizeCall) -> str | None:
     return token_refusal(call.x, call.rotation_group, HELD_K)
 
 
-def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
+def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = row_major(call.x)
     scale = None if call.scale is None else row_major(call.scale)
     M, K = x.shape
     xq = torch.empty((M, K), dtype=torch.int8, device=x.device)
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=x.device)
+    values = torch.empty((M, K) if call.keep_values else (0,), dtype=x.dtype, device=x.device)
     if M:
         with torch.cuda.device_of(x):
             _rms_norm_scale_quantize_kernel[(M,)](
@@ -49,6 +50,7 @@ def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
                 None if call.smooth is None else call.smooth.contiguous(),
                 xq,
                 x_scale,
+                values if call.keep_values else None,
                 x.stride(0),
                 0 if scale is None else scale.stride(0),
                 1 if scale is None else M // scale.shape[0],
@@ -56,7 +58,7 @@ def run(call: RmsNormScaleQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
                 ROTATE=call.rotation_group != 0,
                 **token_constants(K),
             )
-    return xq, x_scale
+    return xq, x_scale, values
 
 
 @triton.jit(do_not_specialize=["sample_tokens"])
@@ -67,6 +69,7 @@ def _rms_norm_scale_quantize_kernel(
     smooth_ptr,
     xq_ptr,
     x_scale_ptr,
+    values_ptr,
     stride_xm,
     stride_scale,
     sample_tokens,
@@ -86,9 +89,13 @@ def _rms_norm_scale_quantize_kernel(
     b = load_features(x_ptr, BLOCK_A, K, BLOCK_B) if BLOCK_B else a
     square_sum = sum_of_parts(a * a, b * b, BLOCK_A, BLOCK_B)
     a = modulate(a, weight_ptr, scale_ptr, 0, K, BLOCK_A)
+    if values_ptr is not None:
+        store_features(values_ptr + m * K, a * inverse_root(square_sum / K + eps), 0, K, BLOCK_A)
     a = transform_features(a, smooth_ptr, 0, K, ROTATE, dtype, BLOCK_A, HADAMARD_DTYPE)
     if BLOCK_B:
         b = modulate(b, weight_ptr, scale_ptr, BLOCK_A, K, BLOCK_B)
+        if values_ptr is not None:
+            store_features(values_ptr + m * K, b * inverse_root(square_sum / K + eps), BLOCK_A, K, BLOCK_B)
         b = transform_features(b, smooth_ptr, BLOCK_A, K, ROTATE, dtype, BLOCK_B, HADAMARD_DTYPE)
     code_scale = scale_of(absmax_of_parts(a, b, BLOCK_A, BLOCK_B))
     tl.store(x_scale_ptr + m, code_scale * inverse_root(square_sum / K + eps))
@@ -110,3 +117,15 @@ def modulate(x, weight_ptr, scale_ptr, start, K, BLOCK: tl.constexpr):
     if scale_ptr is not None:
         x *= load_features(scale_ptr, start, K, BLOCK)
     return x
+
+
+@triton.jit
+def store_features(ptr, x, start, K, BLOCK: tl.constexpr):
+    """Rounds x[BLOCK] to the pointer's dtype and stores it; returns the float32 of what was stored."""
+    x = x.to(ptr.dtype.element_ty)
+    k = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= K:
+        tl.store(ptr + k, x)
+    else:
+        tl.store(ptr + k, x, mask=k < K)
+    return x.to(tl.float32)

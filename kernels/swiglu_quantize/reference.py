@@ -1,4 +1,4 @@
-"""quantize(silu(gate) * up), in float32."""
+"""quantize(silu(gate) * up), in float32; kept values are rounded once."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ def supports(call: SwigluQuantizeCall) -> str | None:
     return None
 
 
-def run(call: SwigluQuantizeCall) -> tuple[torch.Tensor, torch.Tensor]:
+def run(call: SwigluQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     M, K = call.gate.shape
     xq = torch.empty((M, K), dtype=torch.int8, device=call.gate.device)
     x_scale = torch.empty((M, 1), dtype=torch.float32, device=call.gate.device)
+    values = torch.empty((M, K) if call.keep_values else (0,), dtype=call.gate.dtype, device=call.gate.device)
     for tokens in row_chunks(M, K, call.gate.device):
-        values = swiglu(call.gate[tokens], call.up[tokens])
-        xq[tokens], x_scale[tokens] = quantize_rows(values, call.smooth, call.rotation_group, call.gate.dtype)
-    return xq, x_scale
+        products = swiglu(call.gate[tokens], call.up[tokens])
+        xq[tokens], x_scale[tokens] = quantize_rows(products, call.smooth, call.rotation_group, call.gate.dtype)
+        if call.keep_values:
+            values[tokens] = products
+    return xq, x_scale, values
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

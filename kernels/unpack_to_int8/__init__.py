@@ -39,29 +39,29 @@ def unpack_to_int8(
     meaning.
     Raises ValueError for blocks or scales whose shape or dtype does not fit, and for a group that does not fit K.
     """
-    _check(blocks, ggml_type, rotation_group)
+    _check("unpack_to_int8", blocks, ggml_type, rotation_group)
     if row_scale is not None and (tuple(row_scale.shape) != (blocks.shape[0], 1) or row_scale.dtype != torch.float32):
         raise ValueError(
             f"unpack_to_int8: row_scale must be float32 [{blocks.shape[0]}, 1], "
             f"got {row_scale.dtype} {tuple(row_scale.shape)}"
         )
     if row_scale is None:
-        row_scale = torch.ops.lowbit.row_scale(blocks, ggml_type, rotation_group)
+        row_scale = torch.ops.lowbit.find_row_scale(blocks, ggml_type, rotation_group)
     return torch.ops.lowbit.unpack_to_int8(blocks, ggml_type, row_scale, rotation_group), row_scale
 
 
 def find_row_scale(blocks: torch.Tensor, ggml_type: str, rotation_group: int = 0) -> torch.Tensor:
     """The row_scale, float32 [N, 1], that `unpack_to_int8` finds, without its codes. Arguments and errors as there."""
-    _check(blocks, ggml_type, rotation_group)
-    return torch.ops.lowbit.row_scale(blocks, ggml_type, rotation_group)
+    _check("find_row_scale", blocks, ggml_type, rotation_group)
+    return torch.ops.lowbit.find_row_scale(blocks, ggml_type, rotation_group)
 
 
-def _check(blocks: torch.Tensor, ggml_type: str, rotation_group: int) -> None:
+def _check(op: str, blocks: torch.Tensor, ggml_type: str, rotation_group: int) -> None:
     if blocks.dtype != torch.uint8 or blocks.dim() != 2 or blocks.shape[1] == 0:
-        raise ValueError(f"unpack_to_int8 needs uint8 blocks [N, row bytes], got {blocks.dtype} {tuple(blocks.shape)}")
+        raise ValueError(f"{op} needs uint8 blocks [N, row bytes], got {blocks.dtype} {tuple(blocks.shape)}")
     K = ggml.logical_K(ggml_type, blocks.shape[-1])
     if rotation_group and K % rotation_group:
-        raise ValueError(f"unpack_to_int8: rotation group {rotation_group} does not divide K={K}")
+        raise ValueError(f"{op}: rotation group {rotation_group} does not divide K={K}")
 
 
 @custom_op("unpack_to_int8")
@@ -76,12 +76,12 @@ def _(blocks: torch.Tensor, ggml_type: str, row_scale: torch.Tensor, rotation_gr
     return blocks.new_empty((blocks.shape[0], ggml.logical_K(ggml_type, blocks.shape[1])), dtype=torch.int8)
 
 
-@custom_op("row_scale")
-def _row_scale(blocks: torch.Tensor, ggml_type: str, rotation_group: int = 0) -> torch.Tensor:
+@custom_op("find_row_scale")
+def _find_row_scale(blocks: torch.Tensor, ggml_type: str, rotation_group: int = 0) -> torch.Tensor:
     call = UnpackToInt8Call(blocks, ggml_type, None, rotation_group)
     return OP.pick(call).find_row_scale(call)
 
 
-@_row_scale.register_fake
+@_find_row_scale.register_fake
 def _(blocks: torch.Tensor, ggml_type: str, rotation_group: int = 0) -> torch.Tensor:
     return blocks.new_empty((blocks.shape[0], 1), dtype=torch.float32)

@@ -32,6 +32,39 @@ def test_tensors_are_where_the_noise_is_when_the_sampler_starts(comfy_host):
     assert features.cond.device.type == "cpu"  # the prompt's own is left alone: other models read it
 
 
+def test_the_second_models_negative_is_moved_and_not_the_one_that_serves_nobody(comfy_host):
+    from comfy.conds import CONDRegular
+    from lowbit.host import conditioning
+
+    guider = Guider(text=CONDRegular(torch.ones(1)))
+    guider.conds["negative"] = [{"model_conds": {"text": CONDRegular(torch.ones(2))}}]
+    guider._uncond_conds = [{"model_conds": {"text": CONDRegular(torch.ones(3))}}]
+    conditioning._sample(lambda *args: None, guider, None, {}, None, torch.empty(1, device="meta"))
+    negative, unconditional = guider.conds["negative"], guider._uncond_conds
+    assert negative[0]["model_conds"]["text"].cond.device.type == "cpu"
+    assert unconditional[0]["model_conds"]["text"].cond.device.type == "meta"
+
+
+@pytest.mark.parametrize("negative", [True, False])
+def test_a_sampling_with_two_models(comfy_host, tmp_path, monkeypatch, negative):
+    from comfy_extras.nodes_custom_sampler import Guider_DualModel
+    from lowbit.host import conditioning
+
+    model = quantized.load(quantized.write(tmp_path, "int8"))
+    guider = Guider_DualModel(model, model.clone())
+    text = comfy_host.conditioning(tokens=8)
+    guider.set_conds(text, comfy_host.conditioning(tokens=5) if negative else [[None, {}]])
+    moved = []
+    original = conditioning._moved
+    monkeypatch.setattr(conditioning, "_moved", lambda value, device: moved.append(value) or original(value, device))
+    noise = torch.zeros(1, 128, 4, 4)
+    sampler = comfy_host.comfy.samplers.sampler_object("euler")
+    guider.set_cfg(2.0)
+    guider.sample(noise, noise, sampler, torch.tensor([1.0, 0.5, 0.0]), disable_pbar=True)
+    tokens = {value.cond.shape[1] for value in moved if getattr(value.cond, "dim", lambda: 0)() == 3}
+    assert tokens == ({8, 5} if negative else {8})
+
+
 @pytest.mark.parametrize("cloned", [False, True])
 def test_every_sampling_with_a_loaded_model_begins_so(comfy_host, tmp_path, monkeypatch, cloned):
     from lowbit.host import conditioning

@@ -72,6 +72,25 @@ def test_w1_and_w3_with_different_quantizers_read_codes_of_their_own(comfy_host,
     assert quantized.relative(quantized.output(comfy_host, model), expected) < CLOSE
 
 
+@pytest.mark.parametrize("modules", [None, ["layers.0.feed_forward.w3", "layers.1.attention.qkv"]])
+@pytest.mark.parametrize("kind", ["int8", "int8_smooth", "q4_k"])
+def test_layers_with_a_lora_read_codes_and_floats(comfy_host, fused, tmp_path, monkeypatch, kind, modules):
+    """The blocks stay fused; two LoRAs beside one layer; the effect is the one on the host's blocks."""
+    model = quantized.load(quantized.write(tmp_path, kind), "int8", dtype="bf16")
+    counts = calls(monkeypatch, fused)
+    before = quantized.output(comfy_host, model)
+    plain_counts = dict(counts)
+    patched = quantized.add_lora(comfy_host, model, quantized.lora(seed=1, modules=modules), 1.4)
+    patched = quantized.add_lora(comfy_host, patched, quantized.lora(seed=2), -0.8)
+    expected = quantized.output(comfy_host, quantized.on_host_blocks(patched))
+    counts.clear()
+    actual = quantized.output(comfy_host, patched)
+    assert counts == plain_counts
+    assert quantized.relative(actual, before) > 2 * CLOSE
+    assert quantized.relative(actual, expected) < CLOSE
+    assert torch.equal(quantized.output(comfy_host, model), before)
+
+
 @pytest.mark.parametrize("kind", ["lora", "loha"])
 def test_patched_layers_read_floats(comfy_host, fused, tmp_path, kind):
     """The effect of a LoRA on the fused model is the one on the host's blocks, and gone when it is removed."""

@@ -253,7 +253,6 @@ def test_a_weight_in_transfer(comfy_host, pair, dynamic, kind):
     )
     del module._prefetch
     assert quantized.is_quantized(weight) == (kind != "loha")
-    y = module._linear(x, weight, bias)
-    for term in module.model_patches:
-        term.add_to(y, x)
+    low_rank = [patches.of(x) for patches in module.model_patches]
+    y = module._linear(x, weight, bias, *(low_rank or [None]))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

@@ -253,7 +253,9 @@ def calls_of_quantize_per_token(op: ModuleType) -> Iterator[tuple[str, Any]]:
 def calls_of_rms_norm_scale_quantize(op: ModuleType) -> Iterator[tuple[str, Any]]:
     for label, dtype, smooth, group in options_of_the_quantizer(4608):
         x, scale = meta(4352, 4608, dtype=dtype), meta(2, 4608, dtype=dtype)
-        yield label, op.RmsNormScaleQuantizeCall(x, x[0], scale, 1e-5, smooth, group)
+        for kept in (False, True):
+            call = op.RmsNormScaleQuantizeCall(x, x[0], scale, 1e-5, smooth, group, kept)
+            yield f"{label}{' kept' * kept}", call
     yield "K=4608 bf16 unscaled", op.RmsNormScaleQuantizeCall(meta(4352, 4608), meta(4608), None, 1e-5, None, 0)
     for K in (1, 255):  # one byte at a time
         yield f"K={K} bf16", op.RmsNormScaleQuantizeCall(meta(17, K), meta(K), meta(1, K), 1e-5, None, 0)
@@ -262,7 +264,8 @@ def calls_of_rms_norm_scale_quantize(op: ModuleType) -> Iterator[tuple[str, Any]
 def calls_of_swiglu_quantize(op: ModuleType) -> Iterator[tuple[str, Any]]:
     for label, dtype, smooth, group in options_of_the_quantizer(12288):
         gate = meta(4352, 12288, dtype=dtype)
-        yield label, op.SwigluQuantizeCall(gate, gate, smooth, group)
+        for kept in (False, True):
+            yield f"{label}{' kept' * kept}", op.SwigluQuantizeCall(gate, gate, smooth, group, kept)
 
 
 def calls_of_gated_residual(op: ModuleType) -> Iterator[tuple[str, Any]]:
@@ -274,7 +277,9 @@ def calls_of_gated_residual(op: ModuleType) -> Iterator[tuple[str, Any]]:
 def calls_of_gated_residual_norm_quantize(op: ModuleType) -> Iterator[tuple[str, Any]]:
     for label, dtype, smooth, group in options_of_the_quantizer(4608):
         x, row = meta(4352, 4608, dtype=dtype), meta(2, 4608, dtype=dtype)
-        yield label, op.GatedResidualNormQuantizeCall(x, x, x[0], row, x[0], row, 1e-5, smooth, group)
+        for kept in (False, True):
+            call = op.GatedResidualNormQuantizeCall(x, x, x[0], row, x[0], row, 1e-5, smooth, group, kept)
+            yield f"{label}{' kept' * kept}", call
 
 
 def calls_of_weight_only_int8_linear(op: ModuleType) -> Iterator[tuple[str, Any]]:
@@ -334,7 +339,10 @@ def cases_of_int8_linear(capability: int) -> Iterator[dict[str, Any]]:
     buckets: dict[tuple, int] = {}  # the largest that a configuration serves
     for M, configurations in configs.TABLE[divmod(capability, 10)]:
         buckets |= dict.fromkeys((tuple(configuration.items()) for configuration in configurations), M)
-    variants = (("bf16", 4608, 1), ("bf16 in parts", 4608, 4), ("fp16 per-tensor ragged", 4624, 1))
+    variants = (
+        *(("bf16", 4608, 1), ("bf16 in parts", 4608, 4), ("fp16 per-tensor ragged", 4624, 1)),
+        *(("bf16 rank 32", 4608, 1), ("bf16 rank 128", 4608, 1)),
+    )
     for (items, M), (label, K, parts) in itertools.product(buckets.items(), variants):
         configuration = dict(items)
         N = 13824
@@ -342,6 +350,9 @@ def cases_of_int8_linear(capability: int) -> Iterator[dict[str, Any]]:
         scales = [meta(rows, 1, dtype=torch.float32) for rows in (M, 1 if "per-tensor" in label else N)]
         operands = [meta(rows, K, dtype=torch.int8) for rows in (M, N)]
         call = Int8LinearCall(operands[0], scales[0], operands[1], scales[1], meta(N, dtype=dtype), dtype)
+        if "rank" in label:
+            rank = int(label.split()[-1])
+            call = dataclasses.replace(call, hidden=meta(M, rank, dtype=dtype), up=meta(N, rank, dtype=dtype))
         with (
             mock.patch.object(configs, "candidates", lambda *_, one=configuration: (one,)),
             mock.patch.object(configs, "parts_along_k", lambda *_, parts=parts: parts),

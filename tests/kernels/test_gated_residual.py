@@ -15,6 +15,7 @@ from lowbit.tests.kernels.comparing import (
     assert_codes_of,
     assert_grids_fit,
     assert_nearly_the_same_codes,
+    assert_same_codes,
     assert_within_eps,
     by,
     listening_block,
@@ -102,6 +103,41 @@ def check_both(implementation, K, dtype, device, smoothed, rotation_group):
     assert_nearly_the_same_codes(codes, expected, rotated=dtype if rotation_group else None)
 
 
+@pytest.mark.parametrize("K", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", norm_op.OP.implementations)
+def test_kept_values_are_the_norm_of_the_returned_sum(implementation, dtype, K, device, poison_empty):
+    """Neither smoothed nor rotated, and sum and codes are those of the call that does not keep them."""
+    arguments = operands((1, 4 if device.type == "cpu" else 300, K), dtype, device)
+    for smooth, rotation_group in ((None, 0), (factors(K, device), 0 if K % 256 else 256)):
+        options = (EPS, smooth, rotation_group)
+        x, *codes, values = by(implementation, gated_residual_norm_quantize, *arguments, *options, keep_values=True)
+        same, *same_codes = by(implementation, gated_residual_norm_quantize, *arguments, *options)
+        assert torch.equal(x, same)
+        assert_same_codes(codes, same_codes)
+        assert_values(values, x, *arguments[4:])
+
+
+def assert_values(values, x, weight, scale):
+    """rms_norm(x) * scale in x's dtype, each within two of its eps of the float32 definition, or 8 of float32's own."""
+    info = torch.finfo(x.dtype)
+    assert values.dtype == x.dtype
+    eps = 8 if x.dtype == torch.float32 else 2
+    expected = rms_norm(x, weight, EPS) * scale.float()
+    torch.testing.assert_close(values.float(), expected, rtol=eps * info.eps, atol=info.tiny * info.eps)
+
+
+@pytest.mark.parametrize("K", [255, 768])
+@pytest.mark.parametrize("implementation", norm_op.OP.implementations)
+def test_kept_values_of_one_token(implementation, K, device, poison_empty):
+    arguments = operands((1, K), torch.bfloat16, device)
+    x, *codes, values = by(implementation, gated_residual_norm_quantize, *arguments, EPS, keep_values=True)
+    same, *same_codes = by(implementation, gated_residual_norm_quantize, *arguments, EPS)
+    assert torch.equal(x, same)
+    assert_same_codes(codes, same_codes)
+    assert_values(values, x, *arguments[4:])
+
+
 @pytest.mark.parametrize("implementation", op.OP.implementations)
 def test_both_ops_return_the_same_sum(implementation, device, poison_empty):
     arguments = operands((2, 5, 528), torch.bfloat16, device)
@@ -115,16 +151,16 @@ def test_both_ops_return_the_same_sum(implementation, device, poison_empty):
 def test_every_sample_has_its_own_gate_and_scale(implementation, length, samples, device, poison_empty):
     residual, y, y_weight, gate, weight, scale = operands((*samples, length, 264), torch.bfloat16, device)
     x = by(implementation, gated_residual, residual, y, y_weight, gate, EPS)
-    both = by(implementation, gated_residual_norm_quantize, residual, y, y_weight, gate, weight, scale, EPS)
-    assert x.shape == both[0].shape == both[1].shape == residual.shape
+    arguments = (residual, y, y_weight, gate, weight, scale)
+    both = by(implementation, gated_residual_norm_quantize, *arguments, EPS, keep_values=True)
+    assert x.shape == both[0].shape == both[1].shape == both[3].shape == residual.shape
     assert tuple(both[2].shape) == (*samples, length, 1)
     for index in torch.cartesian_prod(*(torch.arange(size) for size in samples)).reshape(-1, len(samples)).tolist():
         i = tuple(index)
         alone = by(implementation, gated_residual, residual[i], y[i], y_weight, gate[i], EPS)
         assert torch.equal(x[i], alone)
-        one = by(
-            implementation, gated_residual_norm_quantize, residual[i], y[i], y_weight, gate[i], weight, scale[i], EPS
-        )
+        arguments = (residual[i], y[i], y_weight, gate[i], weight, scale[i])
+        one = by(implementation, gated_residual_norm_quantize, *arguments, EPS, keep_values=True)
         for batched, part in zip(both, one, strict=True):
             assert torch.equal(batched[i], part)
 
@@ -137,12 +173,14 @@ def apart(tensor, dim):
 
 
 @pytest.mark.parametrize("strided", ["residual", "y", "y_weight", "gate", "weight", "scale", "smooth", "tokens"])
+@pytest.mark.parametrize("keep_values", [False, True], ids=["codes", "values"])
 @pytest.mark.parametrize("implementation", op.OP.implementations)
-def test_operands_of_any_stride(implementation, strided, device):
+def test_operands_of_any_stride(implementation, keep_values, strided, device):
     names = ("residual", "y", "y_weight", "gate", "weight", "scale")
     named = dict(zip(names, operands((2, 2, 300), torch.bfloat16, device), strict=True))
-    named |= {"smooth": factors(300, device), "eps": EPS}
+    named |= {"smooth": factors(300, device), "eps": EPS, "keep_values": keep_values}
     expected = by(implementation, gated_residual_norm_quantize, **named)
+    assert len(expected) == 3 + keep_values
     if strided == "tokens":
         named |= {name: apart(named[name], 1) for name in ("residual", "y")}
     else:
@@ -186,10 +224,11 @@ def test_no_tokens(implementation, shape, device):
     tokens, row = torch.zeros(shape, device=device), torch.zeros(shape[0], 1, 256, device=device)
     weight = torch.ones(256, device=device)
     assert tuple(by(implementation, gated_residual, tokens, tokens, weight, row, EPS).shape) == shape
-    x, xq, x_scale = by(
-        implementation, gated_residual_norm_quantize, tokens, tokens, weight, row, weight, row, EPS, None, 256
-    )
-    assert tuple(x.shape) == tuple(xq.shape) == shape and tuple(x_scale.shape) == (*shape[:-1], 1)
+    arguments = (tokens, tokens, weight, row, weight, row, EPS, None, 256)
+    x, xq, x_scale, values = by(implementation, gated_residual_norm_quantize, *arguments, keep_values=True)
+    assert tuple(x.shape) == tuple(xq.shape) == tuple(values.shape) == shape
+    assert tuple(x_scale.shape) == (*shape[:-1], 1)
+    assert len(by(implementation, gated_residual_norm_quantize, *arguments)) == 3
 
 
 @pytest.mark.parametrize("samples", [1, 4, 100_000])
@@ -197,7 +236,7 @@ def test_grids_fit_any_number_of_tokens_and_samples(samples, monkeypatch):
     x = torch.empty(100_000, 256, dtype=torch.bfloat16, device="meta")
     rows = x[:samples]
     assert_grids_fit(monkeypatch, op, op.GatedResidualCall(x, x, x[0], rows, EPS))
-    call = norm_op.GatedResidualNormQuantizeCall(x, x, x[0], rows, x[0], rows, EPS, None, 256)
+    call = norm_op.GatedResidualNormQuantizeCall(x, x, x[0], rows, x[0], rows, EPS, None, 256, keep_values=True)
     assert_grids_fit(monkeypatch, norm_op, call)
 
 
@@ -207,7 +246,7 @@ def test_more_than_2_to_31_values(device):
     residual = torch.randn(1, 262_150, K, device=device, dtype=torch.bfloat16)
     weight, row = (torch.rand(shape, device=device).to(torch.bfloat16) for shape in ((K,), (1, 1, K)))
     arguments = (residual, residual, weight, row, weight, row)
-    x, *codes = by("triton_impl", gated_residual_norm_quantize, *arguments, EPS)
+    x, *codes, values = by("triton_impl", gated_residual_norm_quantize, *arguments, EPS, keep_values=True)
     alone = by("triton_impl", gated_residual, *arguments[:4], EPS)
     for tokens in range(0, x.shape[1], 2**15):  # a part at a time: the comparison holds float32 copies
         part = slice(tokens, tokens + 2**15)
@@ -216,6 +255,7 @@ def test_more_than_2_to_31_values(device):
     assert_gated(x[:, -50:], tail, tail, weight, row, 2)
     expected = by("reference", rms_norm_scale_quantize, x[:, -50:], weight, row, EPS)
     assert_nearly_the_same_codes([tensor[:, -50:] for tensor in codes], expected)
+    assert_values(values[:, -50:], x[:, -50:], weight, row)
 
 
 # The host's own operations
@@ -290,12 +330,13 @@ def test_what_triton_refuses_is_computed_by_the_reference(device):
     assert gated_residual_norm_quantize(*arguments, EPS)[1].shape == arguments[0].shape
 
 
-@pytest.mark.parametrize("options", ["plain", "smooth", "rotated"])
+@pytest.mark.parametrize("options", ["plain", "smooth", "rotated", "kept"])
 def test_the_fakes_agree_with_the_ops(options, device):
     with torch.inference_mode(False):
         residual, y, y_weight, gate, weight, scale = operands((4, 512), torch.bfloat16, device)
         smooth = factors(512, device) if options == "smooth" else None
         arguments = (residual[::2], y[::2], y_weight, gate)
         torch.library.opcheck(torch.ops.lowbit.gated_residual.default, (*arguments, EPS))
-        arguments = (*arguments, weight, scale, EPS, smooth, 256 if options == "rotated" else 0)
+        rotation_group = 256 if options == "rotated" else 0
+        arguments = (*arguments, weight, scale, EPS, smooth, rotation_group, options == "kept")
         torch.library.opcheck(torch.ops.lowbit.gated_residual_norm_quantize.default, arguments)

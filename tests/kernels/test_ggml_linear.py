@@ -1,3 +1,5 @@
+import concurrent.futures
+
 import pytest
 import torch
 from lowbit.formats import GgmlWeight, ggml
@@ -8,7 +10,7 @@ from lowbit.kernels.ggml_int8_linear import ggml_int8_linear
 from lowbit.kernels.ggml_linear import ggml_linear
 from lowbit.kernels.quantized_linear import ggml_weight_linear
 from lowbit.kernels.scratch import scratch
-from lowbit.kernels.unpack_to_int8 import unpack_to_int8
+from lowbit.kernels.unpack_to_int8 import find_row_scale, unpack_to_int8
 from lowbit.tests.kernels.comparing import INTERPRETER_WARNING, assert_grids_fit, by
 from lowbit.tests.kernels.test_unpack import TYPES, golden
 
@@ -128,8 +130,57 @@ def test_scratch_memory_is_one_buffer_that_grows(device):
     assert large.shape == (7, 11) and large.dtype == torch.bfloat16 and large.is_contiguous()
     assert scratch((2,), torch.float32, device).data_ptr() == large.data_ptr()
     assert small.data_ptr() % 16 == large.data_ptr() % 16 == 0
+    kept = torch.cuda.memory_allocated(device)
     with torch.cuda.stream(torch.cuda.Stream()):
         assert scratch((2,), torch.float32, device).data_ptr() != large.data_ptr()
+    assert torch.cuda.memory_allocated(device) == kept
+    del small, large
+    scratch_module.release()
+    assert torch.cuda.memory_allocated(device) < kept
+
+
+@pytest.mark.gpu
+def test_threads_do_not_share_scratch_memory(device):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(scratch, (64,), torch.int8, device).result()
+    assert other.data_ptr() != scratch((64,), torch.int8, device).data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_a_captured_product_has_memory_of_its_own(mode, device):
+    """Replayed after other products have used the scratch buffer, with other activations."""
+    x, blocks, values, _ = operands("Q4_K", 64, 96, device)
+    weight = GgmlWeight(blocks, tuple(values.shape), "Q4_K")
+    other = GgmlWeight(blocks.flip(0).contiguous(), tuple(values.shape), "Q4_K")
+    row_scale = find_row_scale(blocks, "Q4_K", 256)
+    product = lambda: ggml_weight_linear(x, weight, None, mode, row_scale, tune=False)  # noqa: E731
+    product()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = product()
+    x.copy_(torch.randn_like(x))
+    ggml_weight_linear(x, other, None, mode, None, tune=False)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, product())
+
+
+@pytest.mark.gpu
+def test_the_compilers_graphs_take_the_products(device):
+    x, blocks, values, _ = operands("Q4_K", 64, 96, device)
+    weight = GgmlWeight(blocks, tuple(values.shape), "Q4_K")
+    row_scale = find_row_scale(blocks, "Q4_K", 256)
+
+    def two_products(x):
+        return [ggml_weight_linear(x, weight, None, mode, row_scale, tune=False) for mode in ("exact", "int8")]
+
+    compiled = torch.compile(two_products, backend="cudagraphs")
+    for _ in range(4):  # warmed up, captured, replayed
+        x = torch.randn_like(x)
+        for actual, expected in zip(compiled(x), two_products(x), strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu

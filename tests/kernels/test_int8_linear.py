@@ -116,6 +116,66 @@ def test_the_epilogue_matches_float64(implementation, with_bias, per_channel, ou
     torch.testing.assert_close(y.double(), expected, rtol=2 * eps, atol=2 * eps * float(expected.abs().mean()))
 
 
+# A low-rank term in the epilogue
+
+
+def low_rank(M, N, rank, dtype, device):
+    generator = torch.Generator().manual_seed(rank)
+    hidden, up = (torch.randn(rows, rank, generator=generator).to(device, dtype) for rows in (M, N))
+    return hidden, up
+
+
+@pytest.mark.parametrize("rank", [16, 32, 128, 5, 256])
+@pytest.mark.parametrize("M, N, K", [(40, 72, 96), (17, 331, 528), (130, 259, 129)])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("implementation", op.OP.implementations)
+def test_a_low_rank_term_is_added(implementation, out_dtype, M, N, K, rank, device, poison_empty):
+    """In the epilogue before it is rounded, or, for ranks that it has no room for, to the rounded product."""
+    xq, x_scale, wq, w_scale, bias = operands(M, N, K, device)
+    term = low_rank(M, N, rank, out_dtype, device)
+    options = {"low_rank": term} if implementation != "triton_impl" else {"low_rank": term, "tune": False}
+    y = by(implementation, int8_linear, xq, x_scale, wq, w_scale, bias.to(out_dtype), out_dtype, **options)
+    product = (xq.double() @ wq.double().t()) * x_scale.double() * w_scale.double().t() + bias.to(out_dtype).double()
+    expected = product + term[0].double() @ term[1].double().t()
+    eps = torch.finfo(out_dtype).eps
+    summed = rank**0.5 * torch.finfo(torch.float32).eps  # the noise of adding the term up in float32
+    torch.testing.assert_close(
+        y.double(), expected, rtol=2 * eps, atol=(2 * eps + summed) * float(product.abs().mean())
+    )
+
+
+@pytest.mark.parametrize("implementation", ["triton_impl", "torch_impl"])
+def test_a_product_in_parts_adds_it_too(implementation, device, launch_with, monkeypatch, poison_empty):
+    """Parts along K in one implementation, of the tokens in the other."""
+    launch_with(parts=3)
+    monkeypatch.setattr(torch_impl, "CHUNK_BYTES", 4 * 40 * 20)
+    xq, x_scale, wq, w_scale, _ = operands(60, 40, 512, device)
+    term = low_rank(60, 40, 16, torch.bfloat16, device)
+    y = by(implementation, int8_linear, xq, x_scale, wq, w_scale, None, torch.bfloat16, low_rank=term)
+    expected = by("reference", int8_linear, xq, x_scale, wq, w_scale, None, torch.bfloat16, low_rank=term)
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(y, expected, rtol=2 * eps, atol=2 * eps * float(expected.abs().float().mean()))
+
+
+def test_a_low_rank_term_may_be_strided(device, poison_empty):
+    xq, x_scale, wq, w_scale, _ = operands(40, 24, 64, device)
+    hidden, up = low_rank(40, 24, 16, torch.bfloat16, device)
+    strided = hidden.repeat_interleave(2, dim=1)[:, ::2], up.t().contiguous().t()
+    arguments = (xq, x_scale, wq, w_scale, None, torch.bfloat16, False)
+    expected = by("triton_impl", int8_linear, *arguments, (hidden, up))
+    assert torch.equal(by("triton_impl", int8_linear, *arguments, strided), expected)
+
+
+def test_a_low_rank_term_that_does_not_fit_is_refused(device):
+    xq, x_scale, wq, w_scale, _ = operands(4, 6, 8, device)
+    hidden, up = low_rank(4, 6, 16, torch.bfloat16, device)
+    for term in ((hidden[:3], up), (hidden, up[:5]), (hidden[:, :8], up)):
+        with pytest.raises(ValueError, match=r"a low-rank term needs hidden \(4, 'R'\) and up \(6, 'R'\), got"):
+            int8_linear(xq, x_scale, wq, w_scale, low_rank=term)
+    with pytest.raises(ValueError, match=r"a low-rank term must be torch\.bfloat16, got torch\.float32"):
+        int8_linear(xq, x_scale, wq, w_scale, low_rank=(hidden.float(), up))
+
+
 @pytest.mark.parametrize("M, N, K", SHAPES, ids=IDS)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", op.OP.implementations[:-1])

@@ -8,6 +8,7 @@ from lowbit.tests.kernels.comparing import (
     assert_codes_of,
     assert_grids_fit,
     assert_nearly_the_same_codes,
+    assert_same_codes,
     by,
     listening_block,
 )
@@ -80,6 +81,38 @@ def check_codes(implementation, K, dtype, device, smoothed, rotation_group):
     assert_nearly_the_same_codes(actual, expected, rotated=dtype if rotation_group else None)
 
 
+@pytest.mark.parametrize("K", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_scale", [True, False])
+@pytest.mark.parametrize("implementation", op.OP.implementations)
+def test_kept_values_are_the_definitions(implementation, with_scale, dtype, K, device, poison_empty):
+    """Neither smoothed nor rotated, and the codes are those of the call that does not keep them."""
+    x, weight, scale = operands((1, 4 if device.type == "cpu" else 300, K), dtype, device)
+    scale = scale if with_scale else None
+    for smooth, rotation_group in ((None, 0), (factors(K, device), 0 if K % 256 else 256)):
+        arguments = (x, weight, scale, EPS, smooth, rotation_group)
+        *codes, values = by(implementation, rms_norm_scale_quantize, *arguments, keep_values=True)
+        assert_same_codes(codes, by(implementation, rms_norm_scale_quantize, *arguments))
+        assert_values(values, normalized(x, weight, scale), dtype)
+
+
+def assert_values(values, expected, dtype):
+    """Values of this dtype, each within two of its eps of the float32 definition, or within 8 of float32's own."""
+    info = torch.finfo(dtype)
+    assert values.dtype == dtype
+    eps = 8 if dtype == torch.float32 else 2
+    torch.testing.assert_close(values.float(), expected, rtol=eps * info.eps, atol=info.tiny * info.eps)
+
+
+@pytest.mark.parametrize("K", [255, 768])
+@pytest.mark.parametrize("implementation", op.OP.implementations)
+def test_kept_values_of_one_token(implementation, K, device, poison_empty):
+    x, weight, scale = operands((1, K), torch.bfloat16, device)
+    *codes, values = by(implementation, rms_norm_scale_quantize, x, weight, scale, EPS, keep_values=True)
+    assert_same_codes(codes, by(implementation, rms_norm_scale_quantize, x, weight, scale, EPS))
+    assert_values(values, normalized(x, weight, scale), torch.bfloat16)
+
+
 @pytest.mark.parametrize("implementation", op.OP.implementations)
 def test_without_a_scale(implementation, device, poison_empty):
     x, weight, _ = operands((2, 5, 528), torch.bfloat16, device)
@@ -94,19 +127,22 @@ def test_without_a_scale(implementation, device, poison_empty):
 @pytest.mark.parametrize("implementation", op.OP.implementations)
 def test_every_sample_has_its_own_scale(implementation, length, samples, device, poison_empty):
     x, weight, scale = operands((*samples, length, 264), torch.bfloat16, device)
-    actual = by(implementation, rms_norm_scale_quantize, x, weight, scale, EPS)
-    assert actual[0].shape == x.shape and tuple(actual[1].shape) == (*samples, length, 1)
+    actual = by(implementation, rms_norm_scale_quantize, x, weight, scale, EPS, keep_values=True)
+    assert actual[0].shape == actual[2].shape == x.shape and tuple(actual[1].shape) == (*samples, length, 1)
     for index in torch.cartesian_prod(*(torch.arange(size) for size in samples)).reshape(-1, len(samples)).tolist():
-        one = by(implementation, rms_norm_scale_quantize, x[tuple(index)], weight, scale[tuple(index)], EPS)
+        i = tuple(index)
+        one = by(implementation, rms_norm_scale_quantize, x[i], weight, scale[i], EPS, keep_values=True)
         for batched, alone in zip(actual, one, strict=True):
-            assert torch.equal(batched[tuple(index)], alone)
+            assert torch.equal(batched[i], alone)
 
 
+@pytest.mark.parametrize("keep_values", [False, True], ids=["codes", "values"])
 @pytest.mark.parametrize("implementation", op.OP.implementations)
-def test_operands_of_any_stride(implementation, device):
+def test_operands_of_any_stride(implementation, keep_values, device):
+    keep = {"keep_values": keep_values}
     x, weight, scale = operands((2, 6, 300), torch.bfloat16, device)
     smooth = factors(300, device)
-    expected = by(implementation, rms_norm_scale_quantize, x, weight, scale.contiguous(), EPS, smooth)
+    expected = by(implementation, rms_norm_scale_quantize, x, weight, scale.contiguous(), EPS, smooth, **keep)
     wide = torch.randn(2, 6, 700, device=device).to(torch.bfloat16)
     wide[..., 1:301] = x
     expanded = scale[:1].expand(2, 1, 300)
@@ -118,11 +154,11 @@ def test_operands_of_any_stride(implementation, device):
         "smooth": (x, weight, scale, torch.stack((smooth, -smooth), 1)[:, 0]),
     }
     for name, arguments in cases.items():
-        actual = by(implementation, rms_norm_scale_quantize, *arguments[:3], EPS, arguments[3])
-        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1]), name
-    one = by(implementation, rms_norm_scale_quantize, x, weight, expanded, EPS)
-    same = by(implementation, rms_norm_scale_quantize, x, weight, expanded.contiguous(), EPS)
-    assert torch.equal(one[0], same[0]) and torch.equal(one[1], same[1])
+        actual = by(implementation, rms_norm_scale_quantize, *arguments[:3], EPS, arguments[3], **keep)
+        assert all(map(torch.equal, actual, expected)), name
+    one = by(implementation, rms_norm_scale_quantize, x, weight, expanded, EPS, **keep)
+    same = by(implementation, rms_norm_scale_quantize, x, weight, expanded.contiguous(), EPS, **keep)
+    assert len(expected) == len(one) == 2 + keep_values and all(map(torch.equal, one, same))
 
 
 @pytest.mark.parametrize("implementation", op.OP.implementations)
@@ -132,8 +168,9 @@ def test_tokens_of_zeros_denormals_and_huge_values(implementation, device, poiso
     x[0, 1] = 1e-40
     x[0, 2] = 1e30
     weight = torch.ones(512, device=device)
-    xq, x_scale = by(implementation, rms_norm_scale_quantize, x, weight, None, EPS)
+    xq, x_scale, values = by(implementation, rms_norm_scale_quantize, x, weight, None, EPS, keep_values=True)
     assert torch.equal(xq.float() * x_scale, torch.zeros_like(x))
+    assert float(values.abs().max()) < 1e-37
 
 
 @pytest.mark.parametrize("rotation_group", [0, 256], ids=["plain", "rotated"])
@@ -143,8 +180,11 @@ def test_large_float16_values_do_not_overflow(implementation, rotation_group, de
     x, weight, scale = operands((1, 4, 512), torch.float32, device)
     x = (x / x.abs().amax(-1, keepdim=True) * 60000).half()
     weight, scale = (weight * 4).half(), scale.half()
-    codes = by(implementation, rms_norm_scale_quantize, x, weight, scale, EPS, None, rotation_group)
+    *codes, values = by(
+        implementation, rms_norm_scale_quantize, x, weight, scale, EPS, None, rotation_group, keep_values=True
+    )
     assert codes[1].isfinite().all()
+    assert_values(values, normalized(x, weight, scale), torch.float16)
     if not rotation_group:
         assert_codes_of(codes, normalized(x, weight, scale))
 
@@ -168,15 +208,17 @@ def test_a_token_that_is_not_finite_spoils_only_itself(implementation, rotation_
 def test_no_tokens(implementation, with_scale, shape, device):
     x = torch.zeros(shape, device=device)
     scale = torch.zeros(shape[0], 1, 256, device=device) if with_scale else None
-    xq, x_scale = by(implementation, rms_norm_scale_quantize, x, torch.ones(256, device=device), scale, EPS)
-    assert tuple(xq.shape) == shape and tuple(x_scale.shape) == (*shape[:-1], 1)
+    weight = torch.ones(256, device=device)
+    xq, x_scale, values = by(implementation, rms_norm_scale_quantize, x, weight, scale, EPS, keep_values=True)
+    assert tuple(xq.shape) == tuple(values.shape) == shape and tuple(x_scale.shape) == (*shape[:-1], 1)
+    assert len(by(implementation, rms_norm_scale_quantize, x, weight, scale, EPS)) == 2
 
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_grids_fit_any_number_of_tokens(samples, monkeypatch):
     x = torch.empty(100_000, 4608, dtype=torch.bfloat16, device="meta")
     scale = torch.empty(samples, 4608, dtype=torch.bfloat16, device="meta")
-    assert_grids_fit(monkeypatch, op, op.RmsNormScaleQuantizeCall(x, x[0], scale, EPS, None, 256))
+    assert_grids_fit(monkeypatch, op, op.RmsNormScaleQuantizeCall(x, x[0], scale, EPS, None, 256, keep_values=True))
 
 
 def test_grids_fit_any_number_of_samples(monkeypatch):
@@ -188,9 +230,10 @@ def test_grids_fit_any_number_of_samples(monkeypatch):
 def test_more_than_2_to_31_values(device):
     x = torch.randn(1, 262_150, 8448, device=device, dtype=torch.bfloat16)
     weight, scale = (torch.rand(shape, device=device).to(torch.bfloat16) for shape in ((8448,), (1, 1, 8448)))
-    xq, x_scale = by("triton_impl", rms_norm_scale_quantize, x, weight, scale, EPS)
+    xq, x_scale, values = by("triton_impl", rms_norm_scale_quantize, x, weight, scale, EPS, keep_values=True)
     tail = by("reference", rms_norm_scale_quantize, x[:, -50:], weight, scale, EPS)
     assert_nearly_the_same_codes((xq[:, -50:], x_scale[:, -50:]), tail)
+    assert_values(values[:, -50:], normalized(x[:, -50:], weight, scale), torch.bfloat16)
 
 
 # The host's own operations
@@ -246,11 +289,11 @@ def test_what_triton_refuses_is_computed_by_the_reference(device):
 
 
 @pytest.mark.parametrize("with_scale", [True, False])
-@pytest.mark.parametrize("options", ["plain", "smooth", "rotated"])
+@pytest.mark.parametrize("options", ["plain", "smooth", "rotated", "kept"])
 def test_the_fake_agrees_with_the_op(options, with_scale, device):
     with torch.inference_mode(False):
         x, weight, scale = operands((4, 512), torch.bfloat16, device)
         smooth = factors(512, device) if options == "smooth" else None
         rows = scale.reshape(1, 512) if with_scale else None
-        arguments = (x[::2], weight, rows, EPS, smooth, 256 if options == "rotated" else 0)
+        arguments = (x[::2], weight, rows, EPS, smooth, 256 if options == "rotated" else 0, options == "kept")
         torch.library.opcheck(torch.ops.lowbit.rms_norm_scale_quantize.default, arguments)

@@ -196,19 +196,28 @@ class TestProducers:
         x, smooth = tokens(50, K, dtype, device).reshape(2, 25, K), factors(K, device) if smoothed else None
         weight, rows = factors(K, device).to(dtype), factors(2 * K, device).to(dtype).reshape(2, 1, K)
         for scale in (rows, None):
-            actual = as_sm86(rms_norm_scale_quantize, x, weight, scale, 1e-5, smooth, rotation_group)
-            expected = by("reference", rms_norm_scale_quantize, x, weight, scale, 1e-5, smooth, rotation_group)
+            arguments = (x, weight, scale, 1e-5, smooth, rotation_group)
+            actual = as_sm86(rms_norm_scale_quantize, *arguments)
+            *expected, expected_values = by("reference", rms_norm_scale_quantize, *arguments, keep_values=True)
             assert_nearly_the_same_codes(actual, expected, rotated=dtype if rotation_group else None)
-        assert driver.launched == ["_rms_norm_scale_quantize_kernel"] * 2
+            *codes, values = as_sm86(rms_norm_scale_quantize, *arguments, keep_values=True)
+            assert_same_codes(codes, actual)
+            assert_within_eps(values, expected_values, 2)
+        assert driver.launched == ["_rms_norm_scale_quantize_kernel"] * 4
 
     def test_swiglu_quantize(self, dtype, smoothed, rotation_group, device, driver, as_sm86):
         K = 12288
         smooth = factors(K, device) if smoothed else None
         gate, up = tokens(50, 2 * K, dtype, device).clamp(-100, 100).chunk(2, dim=-1)
         actual = as_sm86(swiglu_quantize, gate, up, smooth, rotation_group)
-        expected = by("reference", swiglu_quantize, gate, up, smooth, rotation_group)
+        *expected, expected_values = by(
+            "reference", swiglu_quantize, gate, up, smooth, rotation_group, keep_values=True
+        )
         assert_nearly_the_same_codes(actual, expected, rotated=dtype if rotation_group else None)
-        assert driver.launched == ["_swiglu_quantize_kernel"]
+        *codes, values = as_sm86(swiglu_quantize, gate, up, smooth, rotation_group, keep_values=True)
+        assert_same_codes(codes, actual)
+        assert_within_eps(values, expected_values, 2)
+        assert driver.launched == ["_swiglu_quantize_kernel"] * 2
 
     def test_gated_residual_norm_quantize(self, dtype, smoothed, rotation_group, device, driver, as_sm86):
         K = 4608
@@ -216,16 +225,18 @@ class TestProducers:
         residual, y = (tokens(50, K, dtype, device).reshape(2, 25, K) for _ in range(2))
         weight, row = factors(K, device).to(dtype), factors(2 * K, device).to(dtype).reshape(2, 1, K)
         arguments = (residual, y.flip(1), weight, row)
-        x, *codes = as_sm86(
-            gated_residual_norm_quantize,
-            *(*arguments, weight, row, 1e-5, smooth, rotation_group),
-        )
+        options = (weight, row, 1e-5, smooth, rotation_group)
+        x, *codes = as_sm86(gated_residual_norm_quantize, *arguments, *options)
         assert_within_eps(x, by("reference", gated_residual, *arguments, 1e-5), 2)
-        expected = by("reference", rms_norm_scale_quantize, x, weight, row, 1e-5, smooth, rotation_group)
+        *expected, expected_values = by("reference", rms_norm_scale_quantize, x, *options, keep_values=True)
         assert_nearly_the_same_codes(codes, expected, rotated=dtype if rotation_group else None)
+        same_x, *same_codes, values = as_sm86(gated_residual_norm_quantize, *arguments, *options, keep_values=True)
+        assert torch.equal(same_x, x)
+        assert_same_codes(same_codes, codes)
+        assert_within_eps(values, expected_values, 2)
         alone = as_sm86(gated_residual, *arguments, 1e-5)
         assert_within_eps(alone, x, 2)  # a sum may be contracted into its product in one and not in the other
-        assert driver.launched == ["_gated_residual_norm_quantize_kernel", "_gated_residual_kernel"]
+        assert driver.launched == ["_gated_residual_norm_quantize_kernel"] * 2 + ["_gated_residual_kernel"]
 
 
 # The ops that unpack weights, and the product of few tokens

@@ -8,6 +8,7 @@ from lowbit.tests.kernels.comparing import (
     assert_codes_of,
     assert_grids_fit,
     assert_nearly_the_same_codes,
+    assert_same_codes,
     by,
 )
 
@@ -70,6 +71,38 @@ def check_codes(implementation, K, dtype, device, smoothed, rotation_group):
     assert_nearly_the_same_codes(actual, expected, rotated=dtype if rotation_group else None, eps=32)
 
 
+@pytest.mark.parametrize("K", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", op.OP.implementations)
+def test_kept_values_are_the_definitions(implementation, dtype, K, device, poison_empty):
+    """Neither smoothed nor rotated, and the codes are those of the call that does not keep them."""
+    gate, up = operands((4 if device.type == "cpu" else 300, K), dtype, device)
+    for smooth, rotation_group in ((None, 0), (factors(K, device), 0 if K % 256 else 256)):
+        *codes, values = by(implementation, swiglu_quantize, gate, up, smooth, rotation_group, keep_values=True)
+        assert_same_codes(codes, by(implementation, swiglu_quantize, gate, up, smooth, rotation_group))
+        assert_values(values, gate, up)
+
+
+def assert_values(values, gate, up):
+    """silu(gate) * up in gate's dtype, each within two of its eps of the float32 definition; where exp(-gate) is large,
+    by what float32 loses of the token's largest."""
+    info = torch.finfo(gate.dtype)
+    assert values.dtype == gate.dtype
+    expected = reference.swiglu(gate, up)
+    lost = 8 * torch.finfo(torch.float32).eps * expected.abs().amax(-1, keepdim=True) + info.tiny * info.eps
+    off = (values.float() - expected).abs()
+    assert (off <= 2 * info.eps * expected.abs() + lost).all(), f"off by {float(off.max())}"
+
+
+@pytest.mark.parametrize("K", [255, 768])
+@pytest.mark.parametrize("implementation", op.OP.implementations)
+def test_kept_values_of_one_token(implementation, K, device, poison_empty):
+    gate, up = operands((1, K), torch.bfloat16, device)
+    *codes, values = by(implementation, swiglu_quantize, gate, up, keep_values=True)
+    assert_same_codes(codes, by(implementation, swiglu_quantize, gate, up))
+    assert_values(values, gate, up)
+
+
 @pytest.mark.parametrize("implementation", op.OP.implementations)
 def test_float16_is_limited_and_bfloat16_is_not(implementation, device, poison_empty):
     """As in the host, which clamps float16 models alone: beyond 65504 is 65504, and a NaN is 0."""
@@ -78,14 +111,16 @@ def test_float16_is_limited_and_bfloat16_is_not(implementation, device, poison_e
     up = torch.tensor([60000.0, -60000.0, 1.0, 0.0, 1.0, 1.0, nan, 100.0], device=device).expand(2, 8).clone()
     silu_of_1_times_100 = 73.1058578
     limited = torch.tensor([65504.0, -65504.0, 65504.0, 0.0, 0.0, 0.0, 0.0, silu_of_1_times_100], device=device)
-    xq, x_scale = by(implementation, swiglu_quantize, gate.half(), up.half())
+    xq, x_scale, values = by(implementation, swiglu_quantize, gate.half(), up.half(), keep_values=True)
     expected = torch.tensor([[65504.0 / 127]] * 2, device=device)
     torch.testing.assert_close(x_scale, expected, rtol=1e-6, atol=0)
     assert torch.equal(xq.float(), (limited / x_scale).round())
+    torch.testing.assert_close(values, limited.half().expand(2, 8), rtol=torch.finfo(torch.float16).eps, atol=0)
 
     gate, up = gate[:, :2].bfloat16(), up[:, :2].bfloat16()
-    xq, x_scale = by(implementation, swiglu_quantize, gate, up)
+    xq, x_scale, values = by(implementation, swiglu_quantize, gate, up, keep_values=True)
     torch.testing.assert_close(x_scale, gate[:, :1].float() ** 2 / 127, rtol=1e-6, atol=0)
+    torch.testing.assert_close(values, gate * up, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     assert xq.tolist() == [[127, -127]] * 2
 
 
@@ -114,12 +149,14 @@ def test_a_token_of_zeros(implementation, device, poison_empty):
     assert not xq.any() and torch.equal(x_scale, torch.full_like(x_scale, 1e-30))
 
 
+@pytest.mark.parametrize("keep_values", [False, True], ids=["codes", "values"])
 @pytest.mark.parametrize("implementation", op.OP.implementations)
-def test_operands_of_any_stride(implementation, device):
+def test_operands_of_any_stride(implementation, keep_values, device):
     """The two halves of one wide product among them."""
     gate, up = operands((2, 6, 300), torch.bfloat16, device)
     smooth = factors(300, device)
-    expected = by(implementation, swiglu_quantize, gate, up, smooth)
+    expected = by(implementation, swiglu_quantize, gate, up, smooth, keep_values=keep_values)
+    assert len(expected) == 2 + keep_values
     halves = torch.cat((gate, up), dim=-1).chunk(2, dim=-1)
     turned = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (gate, up)]
     odd = torch.cat((gate[..., :1], gate), dim=-1)[..., 1:]
@@ -130,29 +167,31 @@ def test_operands_of_any_stride(implementation, device):
         "smooth": (gate, up, torch.stack((smooth, -smooth), 1)[:, 0]),
     }
     for name, arguments in cases.items():
-        actual = by(implementation, swiglu_quantize, *arguments)
-        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1]), name
+        actual = by(implementation, swiglu_quantize, *arguments, keep_values=keep_values)
+        assert all(map(torch.equal, actual, expected)), name
 
 
 @pytest.mark.parametrize("shape", [(0, 256), (2, 0, 256)])
 @pytest.mark.parametrize("implementation", op.OP.implementations)
 def test_no_tokens(implementation, shape, device):
     empty = torch.zeros(shape, device=device)
-    xq, x_scale = by(implementation, swiglu_quantize, empty, empty, None, 256)
-    assert tuple(xq.shape) == shape and tuple(x_scale.shape) == (*shape[:-1], 1)
+    xq, x_scale, values = by(implementation, swiglu_quantize, empty, empty, None, 256, keep_values=True)
+    assert tuple(xq.shape) == tuple(values.shape) == shape and tuple(x_scale.shape) == (*shape[:-1], 1)
+    assert len(by(implementation, swiglu_quantize, empty, empty, None, 256)) == 2
 
 
 def test_grids_fit_any_number_of_tokens(monkeypatch):
     gate = torch.empty(100_000, 12288, dtype=torch.bfloat16, device="meta")
-    assert_grids_fit(monkeypatch, op, op.SwigluQuantizeCall(gate, gate, None, 256))
+    assert_grids_fit(monkeypatch, op, op.SwigluQuantizeCall(gate, gate, None, 256, keep_values=True))
 
 
 @pytest.mark.gpu
 def test_more_than_2_to_31_values(device):
     gate = torch.randn(262_150, 8448, device=device, dtype=torch.bfloat16)
-    xq, x_scale = by("triton_impl", swiglu_quantize, gate, gate)
+    xq, x_scale, values = by("triton_impl", swiglu_quantize, gate, gate, keep_values=True)
     tail = by("reference", swiglu_quantize, gate[-50:], gate[-50:])
     assert_nearly_the_same_codes((xq[-50:], x_scale[-50:]), tail)
+    assert_values(values[-50:], gate[-50:], gate[-50:])
 
 
 # The host's own operations
@@ -216,10 +255,10 @@ def test_what_triton_refuses_is_computed_by_the_reference(device):
     assert_nearly_the_same_codes(actual, by("reference", swiglu_quantize, gate, up))
 
 
-@pytest.mark.parametrize("options", ["plain", "smooth", "rotated"])
+@pytest.mark.parametrize("options", ["plain", "smooth", "rotated", "kept"])
 def test_the_fake_agrees_with_the_op(options, device):
     with torch.inference_mode(False):
         gate, up = operands((4, 512), torch.bfloat16, device)
         smooth = factors(512, device) if options == "smooth" else None
-        arguments = (gate[::2], up[::2], smooth, 256 if options == "rotated" else 0)
+        arguments = (gate[::2], up[::2], smooth, 256 if options == "rotated" else 0, options == "kept")
         torch.library.opcheck(torch.ops.lowbit.swiglu_quantize.default, arguments)

@@ -159,10 +159,12 @@ def test_quantized_ops_are_opaque_to_the_compiler(device):
     for rotation in ((), (256,)):
         arguments = (blocks, "Q4_K", row_scale, *rotation)
         torch.library.opcheck(torch.ops.lowbit.unpack_to_int8, arguments, test_utils=checks)
-        torch.library.opcheck(torch.ops.lowbit.row_scale, (blocks, "Q4_K", *rotation), test_utils=checks)
+        torch.library.opcheck(torch.ops.lowbit.find_row_scale, (blocks, "Q4_K", *rotation), test_utils=checks)
     torch.library.opcheck(torch.ops.lowbit.quantize_per_token, (x, None, 256), test_utils=checks)
     linear = (xq, x_scale, wq, row_scale, None, torch.bfloat16, False)
     torch.library.opcheck(torch.ops.lowbit.int8_linear, linear, test_utils=checks)
+    hidden, up = (torch.randn(rows, 16, device=device, dtype=torch.bfloat16) for rows in (20, wq.shape[0]))
+    torch.library.opcheck(torch.ops.lowbit.int8_linear, (*linear, hidden, up), test_utils=checks)
 
 
 def test_the_golden_file_holds_every_quantized_type():
