@@ -15,8 +15,8 @@ from .gguf_header import INTEGERS, tensor_size_bytes
 from .policy import GgufPolicy
 from .record import LayerActivations
 from .request import Part
-from .source import floats_of, matrix_shape, part_of, row_slices
-from .tensor_plan import Pieces, TensorPlan, kept_dtype
+from .source import matrix_shape, part_of, row_slices
+from .tensor_plan import Pieces, TensorPlan, finite_floats_of, kept_dtype
 
 BRANCH_PREFIXES = {"conditional": "cond.", "unconditional": "uncond."}
 # What a layer becomes whose rows are no whole blocks of the type it should have, before the rest's type.
@@ -102,10 +102,11 @@ def _plan(key, weight, stored: str, activations: LayerActivations | None, prefix
 def _stored_rows(weight, rows: slice, stored: str, activations: LayerActivations | None, device) -> torch.Tensor:
     if stored in INTEGERS:
         return part_of(weight, rows)
+    values = finite_floats_of(weight, rows, device)
     if isinstance(weight, GgmlWeight) and weight.ggml_type == stored:
         return part_of(weight, rows).data  # already what is asked for: nothing is lost twice
     importance = None if activations is None else activations.mean_square
-    return ggml.quantize(floats_of(weight, rows, device), stored, importance)
+    return ggml.quantize(values, stored, importance)
 
 
 def most_common_type(plans: list[TensorPlan]) -> str:

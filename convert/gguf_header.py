@@ -20,7 +20,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
 
 _U32, _I32, _STRING, _ARRAY = 4, 5, 8, 9
 
-Value = "str | int | list[int]"
+Value = str | int | list[int]
 
 
 def tensor_size_bytes(stored: str, shape: tuple[int, ...], element_bytes: int) -> int:

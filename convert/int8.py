@@ -21,8 +21,8 @@ from .file_layout import OutputTensor
 from .request import Part
 from .safetensors_header import NAMES
 from .smoothing import DEFAULT_ALPHA, Factors
-from .source import floats_of, part_of, row_slices
-from .tensor_plan import Pieces, TensorPlan, kept_dtype, plain_pieces
+from .source import part_of, row_slices
+from .tensor_plan import NotFiniteError, Pieces, TensorPlan, finite_floats_of, kept_dtype, plain_pieces
 
 FORMAT = "int8_tensorwise"
 BRANCH_PREFIXES = {"conditional": "conditional.", "unconditional": "unconditional."}
@@ -86,8 +86,11 @@ def _linear_plan(key, weight, options, factors, prefix, device) -> TensorPlan:
 
 def _quantized_rows(weight, rows, group, factors, device) -> Int8Weight:
     if isinstance(weight, Int8Weight) and weight.rotation_group == group and weight.smooth is None and factors is None:
-        return part_of(weight, rows)  # already what is asked for: nothing is lost twice
-    values = floats_of(weight, rows, device)
+        part = part_of(weight, rows)  # already what is asked for: nothing is lost twice
+        if not bool(torch.isfinite(part.scale).all()):
+            raise NotFiniteError("found NaN or infinity in its scales")
+        return part
+    values = finite_floats_of(weight, rows, device)
     if factors is not None:
         values = factors.apply(values, rows)
     return int8.quantize_weight(values, rotation_group=group)

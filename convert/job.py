@@ -25,48 +25,63 @@ from .tensor_plan import TensorPlan
 from .write_files import FilePlan, check_room, write_files
 
 Plans = list[TensorPlan]
+# Hears of the opened branches once everything is checked, before time is spent; what it raises refuses them.
+OnChecked = Callable[[list[Part]], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A file that was written. quantized: linear layers that were; protected: those that someone asked to keep."""
+    """A file that was written. quantized: linear layers that were; protected: those that someone asked to keep;
+    smoothed: of the quantized ones, None where nobody asked for smoothing."""
 
     path: str
     size_bytes: int
     quantized: int
     protected: int
+    smoothed: int | None = None
 
     def __str__(self) -> str:
         kept = f", {counted(self.protected, 'layer')} protected" if self.protected else ""
-        return f"{self.path}: {self.size_bytes / 1e9:.2f} GB, {counted(self.quantized, 'linear layer')} quantized{kept}"
+        smoothed = "" if self.smoothed is None else f" ({self.smoothed:,} of them smoothed)"
+        quantized = f"{counted(self.quantized, 'linear layer')} quantized{smoothed}"
+        return f"{self.path}: {self.size_bytes / 1e9:.2f} GB, {quantized}{kept}"
 
 
 def convert_to_int8(
-    request: Request, options: int8.Int8Options, report: Report = lambda progress: None
+    request: Request,
+    options: int8.Int8Options,
+    report: Report = lambda progress: None,
+    on_checked: OnChecked = lambda parts: None,
 ) -> list[Written]:
     """Write INT8 safetensors. Raises ValueError and RuntimeError with a sentence for the person who asked."""
     sources, parts = open_request(request, ".safetensors", int8.BRANCH_PREFIXES)
     check_room(request.target, [each for part in parts for each in int8.plan_int8(part, options, {})])
-    plans = []
+    on_checked(parts)
+    plans, smoothed = [], []
     for part in parts:
         factors = _smoothing(part, request, options.alpha, sources, report)
         plans.append(int8.plan_int8(part, options, factors, request.device))
+        smoothed.append(_smoothed(part, factors))
     recipe = _recipe(request, {"format": int8.FORMAT, **dataclasses.asdict(options)}, sources, report)
 
     def lay_out(head: Part, plans: Plans) -> FileLayout:
         tensors = [tensor for plan in plans for tensor in plan.tensors]
         return safetensors_layout(tensors, safetensors_metadata(head.branch.metadata, recipe))
 
-    return _write(request, parts, plans, lay_out, sources, report)
+    return _write(request, parts, plans, lay_out, sources, report, smoothed if request.records else None)
 
 
 def convert_to_gguf(
-    request: Request, options: gguf.GgufOptions, report: Report = lambda progress: None
+    request: Request,
+    options: gguf.GgufOptions,
+    report: Report = lambda progress: None,
+    on_checked: OnChecked = lambda parts: None,
 ) -> list[Written]:
     """Write GGUF. Raises ValueError and RuntimeError with a sentence for the person who asked."""
     sources, parts = open_request(request, ".gguf", gguf.BRANCH_PREFIXES)
     plans = [gguf.plan_gguf(part, options.policy, request.device) for part in parts]
     check_room(request.target, [each for found in plans for each in found])
+    on_checked(parts)
     recipe = _recipe(request, {"format": "gguf", **dataclasses.asdict(options)}, sources, report)
 
     def lay_out(head: Part, plans: Plans) -> FileLayout:
@@ -105,6 +120,12 @@ def _smoothing(part: Part, request: Request, alpha: float, sources: Sources, rep
     return smoothing_factors(weights, part.quantized, part.record, alpha, request.device, advance)
 
 
+def _smoothed(part: Part, factors: dict[str, Factors]) -> int:
+    """How many of the layers to quantize have their input smoothed."""
+    found = (factors.get(f"{name}.weight") for name in part.quantized)
+    return sum(factor is not None and factor.columns is not None for factor in found)
+
+
 def _write(
     request: Request,
     parts: list[Part],
@@ -112,8 +133,10 @@ def _write(
     lay_out: Callable[[Part, Plans], FileLayout],
     sources: Sources,
     report: Report,
+    smoothed: list[int] | None = None,
 ) -> list[Written]:
-    """Write the plans of each part to its target; the first branch of a file speaks for it."""
+    """Write the plans of each part to its target; the first branch of a file speaks for it. smoothed: layers, by
+    part."""
     files, written = [], []
     for target in dict.fromkeys(part.target for part in parts):
         inside = [part for part in parts if part.target == target]
@@ -121,6 +144,19 @@ def _write(
         layout = lay_out(inside[0], tensors)
         files.append(FilePlan(target, inside[0].branch.path, tensors, layout))
         quantized, protected = (sum(len(getattr(p, kind)) for p in inside) for kind in ("quantized", "protected"))
-        written.append(Written(target, layout.size_bytes, quantized, protected))
+        smooth = None
+        if smoothed is not None:
+            smooth = sum(count for part, count in zip(parts, smoothed, strict=True) if part.target == target)
+        written.append(Written(target, layout.size_bytes, quantized, protected, smooth))
+    if request.make_folder:
+        _make_folder(request.target)
     write_files(files, request.overwrite, sources, report)
     return written
+
+
+def _make_folder(target: str) -> None:
+    folder = os.path.dirname(os.path.abspath(target))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"{folder}: cannot be made ({error.strerror}). Pick another folder.") from error

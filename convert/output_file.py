@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import secrets
 import shutil
@@ -10,28 +12,36 @@ from collections.abc import Iterable
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 GB = 1e9
 
 
-def check_targets(targets: Iterable[str], sources: Iterable[str], overwrite: bool) -> None:
-    """Refuse, before anything takes time, targets that exist, are read from, or lie in no folder."""
-    sources = [os.path.realpath(source) for source in sources]
+def check_targets(targets: Iterable[str], sources: Iterable[str], overwrite: bool, make_folder: bool = False) -> None:
+    """Refuse, before anything takes time, targets that exist, are read from, or lie in no folder.
+
+    make_folder: a folder that can be made is as good as one that is there.
+    """
+    sources = [source for source in sources if os.path.exists(source)]
     for target in targets:
         folder = os.path.dirname(os.path.abspath(target))
-        if not os.path.isdir(folder):
+        if not os.path.isdir(_existing(folder) if make_folder else folder):
             raise ValueError(f"{target}: there is no folder {folder}. Make it, or pick another one.")
         if os.path.isdir(target):
             raise ValueError(f"{target}: found a folder, expected the name of a file to write.")
-        if os.path.realpath(target) in sources:
+        if not os.path.exists(target):
+            continue
+        # Not by their names: some file systems know a file by many spellings.
+        if any(os.path.samefile(target, source) for source in sources):
             raise ValueError(f"{target}: is read by this conversion and cannot be its result: pick another name.")
-        if os.path.exists(target) and not overwrite:
+        if not overwrite:
             raise _exists(target)
 
 
 def check_space(folder: str, size_bytes: int) -> None:
     """Refuse what the disk has no room for. A file that will be replaced still takes its room until the end."""
-    free_bytes = shutil.disk_usage(folder).free
+    free_bytes = shutil.disk_usage(_existing(folder)).free
     if free_bytes < size_bytes:
         raise RuntimeError(
             f"{folder}: found {free_bytes / GB:.1f} GB of free disk space, expected {size_bytes / GB:.1f} GB for what "
@@ -39,8 +49,16 @@ def check_space(folder: str, size_bytes: int) -> None:
         )
 
 
+def _existing(folder: str) -> str:
+    """The folder, or what of its path there is."""
+    while not os.path.lexists(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder)
+    return folder
+
+
 class OutputFile:
-    """A file being written; `commit` puts it under its name, leaving the `with` block without it leaves nothing.
+    """A file being written: `finish` completes it, `commit` puts it under its name. A `with` block that is left by an
+    error, or without `commit`, leaves nothing.
 
     Only a process that is killed leaves its temporary file, `<name>.<random>.partial`, which nobody takes for a model.
     """
@@ -48,7 +66,7 @@ class OutputFile:
     def __init__(self, path: str, overwrite: bool = False):
         self.path, self._overwrite = path, overwrite
         self._temporary = f"{path}.{secrets.token_hex(4)}.partial"
-        self._file = None
+        self._file, self._is_committed = None, False
 
     def __enter__(self) -> OutputFile:
         try:
@@ -60,10 +78,17 @@ class OutputFile:
             ) from error
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._file.close()
-        if os.path.exists(self._temporary):
-            os.unlink(self._temporary)
+    def __exit__(self, exception_type, *exception) -> None:
+        if self._is_committed and exception_type is None:
+            return
+        # The file is thrown away, so what closing it could not write is of no interest; the error on its way is.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        left = self.path if self._is_committed else self._temporary
+        try:
+            os.unlink(left)
+        except OSError as error:
+            logger.warning("Lowbit: %s stays behind (%s). Delete it.", left, error.strerror)
 
     def write(self, offset: int, data: bytes | torch.Tensor) -> None:
         """Put bytes, or the bytes of a tensor, at a place in the file."""
@@ -79,18 +104,25 @@ class OutputFile:
         except OSError as error:
             raise self._failed(error) from error
 
-    def commit(self, size_bytes: int) -> None:
-        """Give the file its size, wait until the disk has it, and put it under its name."""
+    def finish(self, size_bytes: int) -> None:
+        """Give the file its size, wait until the disk has it, and refuse a name that was taken meanwhile."""
         try:
             self._file.truncate(size_bytes)
             os.fsync(self._file.fileno())
             self._file.close()
-            if os.path.exists(self.path) and not self._overwrite:
-                raise _exists(self.path)
-            os.replace(self._temporary, self.path)
-            _sync_folder(os.path.dirname(os.path.abspath(self.path)))
         except OSError as error:
             raise self._failed(error) from error
+        if os.path.exists(self.path) and not self._overwrite:
+            raise _exists(self.path)
+
+    def commit(self) -> None:
+        """Put the finished file under its name."""
+        try:
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._is_committed = True
+        _sync_folder(os.path.dirname(os.path.abspath(self.path)))
 
     def _failed(self, error: OSError) -> RuntimeError:
         if error.errno in FULL_DISK:
@@ -109,14 +141,15 @@ def _exists(path: str) -> ValueError:
 
 
 def _sync_folder(folder: str) -> None:
-    """Without it a power failure can undo a rename. Windows and some network folders have no such call."""
+    """Without it a power failure can undo a rename. Windows and some network folders have no such call; the file is
+    whole and under its name either way."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+        logger.info("Lowbit: %s: the folder cannot be synchronized with the disk (%s)", folder, error.strerror)

@@ -113,7 +113,8 @@ def protected_layers(
             )
         protected |= found
     if report:
-        known = [layer.name for layer in report if layer.name in set(names)]
+        quantizable = set(names)
+        known = [layer.name for layer in report if layer.name in quantizable]
         if not known:
             raise ValueError(
                 f"fragility report: none of its {len(report)} layers, such as {report[0].name}, is a layer of "

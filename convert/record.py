@@ -115,7 +115,8 @@ def write_activation_record(
         file.write(0, layout.header)
         for name, tensor in tensors.items():
             file.write(layout.offsets[name], tensor)
-        file.commit(layout.size_bytes)
+        file.finish(layout.size_bytes)
+        file.commit()
 
 
 def read_fragility_report(path: str | os.PathLike) -> list[FragileLayer]:
@@ -158,7 +159,8 @@ def write_fragility_report(
     raw = (json.dumps(report, indent=1) + "\n").encode()
     with OutputFile(path, overwrite=True) as file:
         file.write(0, raw)
-        file.commit(len(raw))
+        file.finish(len(raw))
+        file.commit()
 
 
 def _layer(path: str, module: str, leaves: dict[str, torch.Tensor]) -> LayerActivations:

@@ -23,7 +23,7 @@ class Request:
     source: the checkpoint, with all branches that it holds. unconditional: the file of the unconditional branch, beside
     which `source` gives the conditional one. target: the file to write. one_file: both branches in it, instead of the
     second in `<target>_uncond`. protected, protect_count: see `policy.protected_layers`. reports, records: paths, one
-    for all branches or one for each. device: what computes.
+    for all branches or one for each. device: what computes. make_folder: make the target's folder before writing.
     """
 
     source: str
@@ -36,6 +36,7 @@ class Request:
     protect_count: int = 17
     records: tuple[str, ...] = ()
     device: str = "cpu"
+    make_folder: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
     sources = open_sources(request.source, request.unconditional)
     targets = _targets(request, len(sources.branches))
     read = [file.path for file in sources.files]
-    check_targets(targets, [*read, *request.records, *request.reports], request.overwrite)
+    check_targets(targets, [*read, *request.records, *request.reports], request.overwrite, request.make_folder)
     for what, paths in (("activation records", request.records), ("fragility reports", request.reports)):
         if len(paths) > len(targets):
             raise ValueError(f"{what}: found {len(paths)}, expected one, or one for each of {len(targets)} branches.")

@@ -100,8 +100,8 @@ def smoothing_factors(
 ) -> dict[str, Factors]:
     """Factors by weight key, for every fold of which a consumer is among the `quantized` modules.
 
-    record: one that fits the model (`record.check_record`); a fold whose consumers it lacks is left out. advance: hears
-    of every weight read, in elements. Raises ValueError when the model has no block that smoothing can be folded into.
+    record: one that fits the model (`record.check_record`); a fold of which it lacks a consumer is left out. advance:
+    hears of every weight read, in elements. Raises ValueError when no fold is left.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"the alpha of smoothing is between 0 and 1, found {alpha}")
@@ -112,9 +112,13 @@ def smoothing_factors(
             "smoothing has nothing to fold into: none of the layers to quantize is in a block as Ideogram 4, Lumina 2 "
             "and Z-Image have it. Convert without an activation record."
         )
-    for fold in folds:
-        if not all(consumer in record for consumer in fold.consumers):
-            continue
+    covered = [fold for fold in folds if all(consumer in record for consumer in fold.consumers)]
+    if not covered:
+        raise ValueError(
+            f"the activation record lacks all layers that can be smoothed, such as {folds[0].consumers[0]}. Record the "
+            "activations of the whole model, or convert without an activation record."
+        )
+    for fold in covered:
         exponents = _exponents(weights, fold, record, alpha, device)
         for consumer in fold.consumers:
             factors.setdefault(f"{consumer}.weight", Factors()).columns = torch.exp2(exponents)

@@ -16,9 +16,14 @@ from .source import floats_of, part_of, row_slices
 Pieces = Iterator[tuple[str, int, torch.Tensor]]
 
 
+class NotFiniteError(ValueError):
+    """The source itself has NaN or infinity."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorPlan:
-    """key: of the source's weight, for error texts. compute: the pieces of `tensors`, in any order."""
+    """key: of the source's weight, for error texts. compute: the pieces of `tensors`, in any order; raises
+    NotFiniteError, and ValueError for finite values that the type of `tensors[0]` cannot hold."""
 
     key: str
     tensors: tuple[OutputTensor, ...]
@@ -33,6 +38,16 @@ def kept_dtype(weight: torch.Tensor | QuantizedWeight) -> torch.dtype:
     return torch.bfloat16
 
 
+def finite_floats_of(
+    weight: torch.Tensor | QuantizedWeight, rows: slice, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Some rows as float32 [rows, K], a new tensor. Raises NotFiniteError."""
+    values = floats_of(weight, rows, device)
+    if not bool(torch.isfinite(values).all()):
+        raise NotFiniteError("found NaN or infinity")
+    return values
+
+
 def plain_pieces(
     name: str,
     weight: torch.Tensor | QuantizedWeight,
@@ -40,16 +55,16 @@ def plain_pieces(
     factors: Factors | None,
     device: torch.device | str,
 ) -> Pieces:
-    """An unquantized tensor, a few rows at a time."""
+    """An unquantized tensor, a few rows at a time. Raises as `TensorPlan.compute` does."""
     row_bytes = dtype.itemsize * (weight.shape[-1] if len(weight.shape) else 1)
     for rows in row_slices(tuple(weight.shape)):
         if dtype.is_floating_point:
-            values = floats_of(weight, rows, device)
+            values = finite_floats_of(weight, rows, device)
             if factors is not None:
                 values = factors.apply(values, rows)
             part = values.to(dtype)
-            if bool((torch.isfinite(values) != torch.isfinite(part)).any()):
-                largest = values[torch.isfinite(values)].abs().max().item()
+            if not bool(torch.isfinite(part).all()):
+                largest = values.abs().max().item()
                 raise ValueError(f"a value of {largest:.4g} does not fit {str(dtype).removeprefix('torch.')}")
         else:
             part = part_of(weight, rows)

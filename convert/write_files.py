@@ -13,7 +13,7 @@ from .file_layout import FileLayout
 from .output_file import OutputFile, check_space
 from .progress import Report, Stage
 from .source import Sources
-from .tensor_plan import Pieces, TensorPlan
+from .tensor_plan import NotFiniteError, Pieces, TensorPlan
 
 # More than header and padding ever take beside the tensors.
 _HEADER_ROOM_BYTES = 2**24
@@ -51,7 +51,10 @@ def write_files(files: Sequence[FilePlan], overwrite: bool, sources: Sources, re
                     stage.advance(data.nbytes)
                     sources.release()
         for file, output in zip(files, opened, strict=True):
-            output.commit(file.layout.size_bytes)
+            output.finish(file.layout.size_bytes)
+        # Only renaming is left, once nothing else can fail: two branches belong together.
+        for output in opened:
+            output.commit()
 
 
 def _explained(source: str, plan: TensorPlan) -> Iterator[tuple]:
@@ -60,12 +63,21 @@ def _explained(source: str, plan: TensorPlan) -> Iterator[tuple]:
     while True:
         try:
             piece = next(pieces, None)
-        except ValueError as error:
+        except NotFiniteError as error:
             raise CheckpointError(
                 source,
-                found=f"{quoted(plan.key)} with values that cannot be stored ({error})",
+                found=f"{quoted(plan.key)} with values that are not finite ({error})",
                 expected="a sound weight",
                 todo=f"The file is damaged or was made by a faulty program: {TAKE_ANOTHER}",
+            ) from error
+        except ValueError as error:
+            stored = plan.tensors[0].stored
+            raise CheckpointError(
+                source,
+                found=f"{quoted(plan.key)} with finite values that {stored} cannot hold ({error})",
+                expected=f"values in the range of {stored}",
+                todo="Protect the layer, which then stays unquantized, or write GGUF by a policy file that gives it "
+                "a type of wider range, such as BF16 or F32.",
             ) from error
         if piece is None:
             return

@@ -18,8 +18,8 @@ from ..convert.int8 import Int8Options
 from ..convert.job import Written, convert_to_gguf, convert_to_int8
 from ..convert.policy import PRESETS, read_policy
 from ..convert.progress import Progress
-from ..convert.request import Request
-from ..convert.source import open_sources
+from ..convert.request import Part, Request
+from ..loaders.branch import Branch
 from ..loaders.errors import CheckpointError
 from . import files, model
 
@@ -58,38 +58,41 @@ class SaveRequest:
 
 def save_as_int8(request: SaveRequest, convrot: bool, smoothing_alpha: float) -> str:
     """Write INT8 safetensors; returns what was written, for the page. Raises ValueError and RuntimeError."""
-    options = Int8Options(convrot, smoothing_alpha)
-    return _run(request, ".safetensors", lambda asked, report: convert_to_int8(asked, options, report))
+    return _run(request, ".safetensors", convert_to_int8, Int8Options(convrot, smoothing_alpha))
 
 
 def save_as_gguf(request: SaveRequest, policy: str, policy_file: str = "") -> str:
     """Write GGUF; returns what was written, for the page. policy_file: replaces the policy. Raises as above."""
     chosen = read_policy(_in_output_folder(policy_file) if policy_file.strip() else policy)
-    return _run(request, ".gguf", lambda asked, report: convert_to_gguf(asked, GgufOptions(chosen), report))
+    return _run(request, ".gguf", convert_to_gguf, GgufOptions(chosen))
 
 
-def _run(request: SaveRequest, suffix: str, convert: Callable[[Request, Callable], list[Written]]) -> str:
+def _run(request: SaveRequest, suffix: str, convert: Callable[..., list[Written]], options) -> str:
+    device = torch.device("cpu")
+    if request.device == DEVICES[0]:
+        device = comfy.model_management.get_torch_device()
+
+    def on_checked(parts: list[Part]) -> None:
+        for part in parts:
+            _refuse_diffusers(part.branch)
+        if request.device == DEVICES[0]:
+            comfy.model_management.free_memory(_DEVICE_BYTES, device)
+
     try:
-        asked = _request(request, suffix)
-        _refuse_diffusers(asked)
+        asked = _request(request, suffix, device)
         start = time.monotonic()
-        written = convert(asked, _Report())
+        written = convert(asked, options, _Report(), on_checked)
     except CheckpointError as error:
         # The page puts the error's type before its text, and the type of a custom node is a path.
         raise ValueError(str(error)) from error
     return "\n".join([*map(str, written), f"{time.monotonic() - start:.0f} s"])
 
 
-def _request(request: SaveRequest, suffix: str) -> Request:
+def _request(request: SaveRequest, suffix: str, device: torch.device) -> Request:
     filename = request.filename.strip().removesuffix(suffix)
     if not filename:
         raise ValueError("filename: found none, expected a name for the file to write.")
     target = _in_output_folder(os.path.join(TARGET_FOLDER, filename + suffix))
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    device = torch.device("cpu")
-    if request.device == DEVICES[0]:
-        device = comfy.model_management.get_torch_device()
-        comfy.model_management.free_memory(_DEVICE_BYTES, device)
     return Request(
         source=files.full_path(request.checkpoint),
         target=target,
@@ -101,6 +104,7 @@ def _request(request: SaveRequest, suffix: str) -> Request:
         protect_count=request.protect_count,
         records=tuple(map(_in_output_folder, _names(request.records))),
         device=str(device),
+        make_folder=True,
     )
 
 
@@ -117,16 +121,15 @@ def _in_output_folder(name: str) -> str:
     return path
 
 
-def _refuse_diffusers(request: Request) -> None:
+def _refuse_diffusers(branch: Branch) -> None:
     """ComfyUI renames and joins such weights while loading, which quantized ones do not allow: see `host/model.py`."""
-    for branch in open_sources(request.source, request.unconditional).branches:
-        if model._is_diffusers(model.host_state_dict(branch, torch.bfloat16)):
-            raise CheckpointError(
-                branch.path,
-                found=f"the names of the diffusers library, such as {next(iter(branch.weights))}",
-                expected="the names of the model's original release",
-                todo="Load the file with Load Diffusion Model (INT8), which quantizes it, and save it with Save Model.",
-            )
+    if model.is_diffusers(model.host_state_dict(branch, torch.bfloat16)):
+        raise CheckpointError(
+            branch.path,
+            found=f"the names of the diffusers library, such as {next(iter(branch.weights))}",
+            expected="the names of the model's original release",
+            todo="Load the file with Load Diffusion Model (INT8), which quantizes it, and save it with Save Model.",
+        )
 
 
 class _Report:

@@ -108,7 +108,7 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
         model_options["dtype"] = dtype
     metadata = {key: value for key, value in branch.metadata.items() if isinstance(value, str)}
     state_dict = host_state_dict(branch, dtype or torch.bfloat16)
-    if is_quantized and _is_diffusers(state_dict):
+    if is_quantized and is_diffusers(state_dict):
         raise _diffusers_names(branch)
     try:
         patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options, metadata, disable_dynamic)
@@ -156,7 +156,7 @@ def _is_quantized(branch: Branch) -> bool:
     return any(isinstance(w, QuantizedWeight) and not isinstance(w, Fp8Weight) for w in branch.weights.values())
 
 
-def _is_diffusers(state_dict: dict[str, torch.Tensor]) -> bool:
+def is_diffusers(state_dict: dict[str, torch.Tensor]) -> bool:
     """Whether the host would rename and join these tensors, which it cannot do with quantized ones."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
     tensors = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}

@@ -41,24 +41,6 @@ class SaveAsGguf(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        checkpoint,
-        unconditional,
-        filename,
-        branches,
-        overwrite,
-        type,
-        protected_layers="",
-        fragility_report="",
-        protect_count=17,
-        policy_file="",
-        activation_record="",
-        device=convert.DEVICES[0],
-    ) -> io.NodeOutput:
-        request = convert.SaveRequest(
-            checkpoint, unconditional, filename, branches, overwrite, protected_layers, fragility_report, protect_count,
-            activation_record, device,
-        )  # fmt: skip
-        report = convert.save_as_gguf(request, type, policy_file)
+    def execute(cls, type, policy_file="", **shared) -> io.NodeOutput:
+        report = convert.save_as_gguf(save_inputs.request(**shared), type, policy_file)
         return io.NodeOutput(report, ui=ui.PreviewText(report))

@@ -45,24 +45,6 @@ class SaveAsInt8(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        checkpoint,
-        unconditional,
-        filename,
-        branches,
-        overwrite,
-        protected_layers="",
-        fragility_report="",
-        protect_count=17,
-        convrot=False,
-        activation_record="",
-        smoothing_alpha=0.5,
-        device=convert.DEVICES[0],
-    ) -> io.NodeOutput:
-        request = convert.SaveRequest(
-            checkpoint, unconditional, filename, branches, overwrite, protected_layers, fragility_report, protect_count,
-            activation_record, device,
-        )  # fmt: skip
-        report = convert.save_as_int8(request, convrot, smoothing_alpha)
+    def execute(cls, convrot=False, smoothing_alpha=0.5, **shared) -> io.NodeOutput:
+        report = convert.save_as_int8(save_inputs.request(**shared), convrot, smoothing_alpha)
         return io.NodeOutput(report, ui=ui.PreviewText(report))

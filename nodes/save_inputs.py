@@ -91,5 +91,24 @@ def device() -> io.Combo.Input:
     )
 
 
+def request(
+    checkpoint,
+    unconditional,
+    filename,
+    branches,
+    overwrite,
+    protected_layers="",
+    fragility_report="",
+    protect_count=17,
+    activation_record="",
+    device=convert.DEVICES[0],
+) -> convert.SaveRequest:
+    """What the inputs of this module ask for, by their ids."""
+    return convert.SaveRequest(
+        checkpoint, unconditional, filename, branches, overwrite, protected_layers, fragility_report, protect_count,
+        activation_record, device,
+    )  # fmt: skip
+
+
 def report() -> io.String.Output:
     return io.String.Output("report", tooltip="What was written, as text.")

@@ -61,7 +61,7 @@ def _codes(values: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> 
 
 
 def _sum(terms: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """The sum over a block, [..., 1], each term times its weight."""
+    """The sum over the last dimension, [..., 1], each term times its weight."""
     return (terms if weights is None else terms * weights).sum(dim=-1, keepdim=True)
 
 
@@ -148,7 +148,23 @@ def quantize_q4_k(values: torch.Tensor, importance: torch.Tensor | None = None) 
     importance: of every element, float32 like `values`, > 0 and near 1 on average; the weight of its squared error.
     Against none, for importances exp(s * normal), the weighted error of the Gaussian and heavy-tailed rows falls by
     0.2 dB at s = 0.5, 0.8 dB at s = 1 and 3.4 dB at s = 2, that of the rows with outlier columns by 0.05, 0.2 and 1.3.
+    A super-block whose weighted error would rise is quantized without it: blocks are fitted before their scale and min
+    are rounded to 6 bits, and where one element outweighs its block, that rounding alone decides how near it comes.
     """
+    plain = _quantized(values, None)
+    if importance is None:
+        return plain
+    weighted = _quantized(values, importance)
+    better = _weighted_error(values, weighted, importance) <= _weighted_error(values, plain, importance)
+    return torch.where(better, weighted, plain)
+
+
+def _weighted_error(values: torch.Tensor, blocks: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """Of each super-block, [n, 1]."""
+    return _sum(dequantize_q4_k(blocks).sub_(values).square_(), importance)
+
+
+def _quantized(values: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     values = values.unflatten(-1, (BLOCKS, ELEMENTS))
     weights = None if importance is None else importance.unflatten(-1, (BLOCKS, ELEMENTS))
     scale, minimum = _fit_blocks(values, weights)

@@ -34,7 +34,10 @@ def test_the_same_files_as_from_the_functions(tmp_path, fp8_files):
     for suffix in ("", "_uncond"):
         cli, function = (tmp_path / f"{name}{suffix}.safetensors" for name in ("cli", "f"))
         assert cli.read_bytes() == function.read_bytes()
-        assert f"cli{suffix}.safetensors: 0.00 GB, 7 linear layers quantized, 3 layers protected" in result.stdout
+        written = (
+            f"cli{suffix}.safetensors: 0.00 GB, 7 linear layers quantized (7 of them smoothed), 3 layers protected"
+        )
+        assert written in result.stdout
     assert "reading: " in result.stderr and "smoothing: " in result.stderr and "MB/s, 0:00 left" in result.stderr
 
 

@@ -237,6 +237,41 @@ def test_what_the_source_says_about_the_model_is_kept(tmp_path):
     assert field(second.path, "format") is None
 
 
+@pytest.mark.parametrize(
+    "key, value, options, stored",
+    [
+        ("layers.0.attention.o.weight", 1e7, {"policy": "q8_0"}, "Q8_0"),
+        ("layers.0.attention.o.weight", 1e8, {"policy": "q4_k"}, "Q4_K"),
+        ("input_proj.bias", 1e5, {"rest": "F16"}, "F16"),
+    ],
+    ids=["q8_0", "q4_k", "f16"],
+)
+def test_finite_values_that_do_not_fit_name_the_type_and_a_way_out(tmp_path, key, value, options, stored):
+    floats = small.ideogram4()
+    floats[key].view(-1)[3] = value
+    source = small.save(tmp_path / "m.safetensors", floats)
+    policy = options.get("policy") or policy_file(tmp_path, default="Q8_0", **options)
+    text = rf"'{key}' with finite values that {stored} cannot hold \(.* does not fit float16"
+    with pytest.raises(ValueError, match=text) as refused:
+        to_gguf(source, tmp_path / "m.gguf", policy)
+    assert "damaged" not in str(refused.value)
+    wide = policy_file(tmp_path, default="Q8_0", rest="F32")
+    protected = () if key.endswith("bias") else (key.removesuffix(".weight"),)
+    (written,) = to_gguf(source, tmp_path / "m.gguf", wide, protected=protected)
+    assert torch.equal(meant_by_gguf(written.path)[key], floats[key])
+
+
+def test_blocks_that_are_not_finite_are_not_passed_on(tmp_path):
+    floats = small.ideogram4()
+    source = small.write_gguf(tmp_path / "a.gguf", floats, linear="Q8_0", modules=BLOCK_LINEARS)
+    tensor = next(t for t in gguf.GGUFReader(source).tensors if t.name == "layers.0.attention.o.weight")
+    content = bytearray(source.read_bytes())
+    content[tensor.data_offset : tensor.data_offset + 2] = np.float16("nan").tobytes()
+    source.write_bytes(content)
+    with pytest.raises(ValueError, match=r"'layers\.0\.attention\.o\.weight' with values that are not finite"):
+        to_gguf(source, tmp_path / "b.gguf", "q8_0")
+
+
 def test_same_input_same_bytes(tmp_path, fp8_files):
     record = spiky_record(tmp_path / "record.safetensors")
     for name in "ab":

@@ -16,6 +16,7 @@ from lowbit.tests.convert.making import (
     meant_by_int8,
     metadata_of,
     sqnr_db,
+    to_gguf,
     to_int8,
 )
 from safetensors.torch import load_file
@@ -194,19 +195,40 @@ def test_the_size_of_the_pieces_does_not_matter(tmp_path, fp8_files, monkeypatch
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "change, text",
-    [
-        ({"layers.1.attention.o.weight": torch.full((256, 256), float("nan"))}, "'layers.1.attention.o.weight'"),
-        ({"input_proj.bias": torch.full((256,), 3.4e38)}, "'input_proj.bias'.*does not fit bfloat16"),
-    ],
-    ids=["nan", "too_large"],
-)
-def test_values_that_cannot_be_stored_name_file_and_tensor(tmp_path, change, text):
-    source = small.save(tmp_path / "bad.safetensors", small.ideogram4() | change)
-    with pytest.raises(ValueError, match=rf"bad\.safetensors: found {text}.*The file is damaged"):
-        to_int8(source, tmp_path / "out.safetensors")
+CONVERSIONS = pytest.mark.parametrize("convert, name", [(to_int8, "out.safetensors"), (to_gguf, "out.gguf")])
+
+
+@CONVERSIONS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", ["layers.1.attention.o.weight", "input_proj.bias", "layers.0.attention_norm1.weight"])
+def test_values_that_are_not_finite_name_file_and_tensor(tmp_path, convert, name, key, value):
+    floats = small.ideogram4()
+    floats[key].view(-1)[3] = value
+    source = small.save(tmp_path / "bad.safetensors", floats)
+    text = rf"bad\.safetensors: found '{key}' with values that are not finite \(found NaN.*The file is damaged"
+    with pytest.raises(ValueError, match=text):
+        convert(source, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+@CONVERSIONS
+def test_finite_values_that_do_not_fit_the_type_are_no_damage(tmp_path, convert, name):
+    change = {"input_proj.bias": torch.full((256,), 3.4e38)}
+    source = small.save(tmp_path / "m.safetensors", small.ideogram4() | change)
+    text = r"'input_proj\.bias' with finite values that BF16 cannot hold \(a value of 3\.4e\+38 does not fit bfloat16\)"
+    with pytest.raises(ValueError, match=text) as refused:
+        convert(source, tmp_path / name)
+    assert "damaged" not in str(refused.value) and "policy file" in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_scales_that_are_not_finite_are_no_more_passed_on_than_values(tmp_path, fp8_files):
+    (first,) = to_int8(fp8_files["conditional"], tmp_path / "a.safetensors")
+    tensors = load_file(first.path)
+    tensors["layers.0.attention.o.weight_scale"][5] = float("nan")
+    source = small.save(tmp_path / "bad.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"'layers\.0\.attention\.o\.weight' with values that are not finite"):
+        to_int8(source, tmp_path / "out.safetensors")
 
 
 def test_refusals_before_anything_is_written(tmp_path, fp8_files):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import pathlib
 import shutil
@@ -71,12 +72,35 @@ def test_what_is_read_is_never_the_result(tmp_path, fp8_files, kind):
         function(first.path, tmp_path / "link" / name, overwrite=True)
 
 
+@both_kinds
+def test_what_is_read_is_known_by_other_names(tmp_path, fp8_files, kind):
+    """A second name of the same file, as another spelling is where capitals do not matter."""
+    function, name = CONVERT[kind]
+    (first,) = function(fp8_files["conditional"], tmp_path / name)
+    before, other = pathlib.Path(first.path).read_bytes(), tmp_path / f"other_{name}"
+    os.link(first.path, other)
+    with pytest.raises(ValueError, match="is read by this conversion and cannot be its result"):
+        function(first.path, other, overwrite=True)
+    assert other.read_bytes() == before
+
+
 def test_folders_that_do_not_do(tmp_path, fp8_files):
     with pytest.raises(ValueError, match="there is no folder"):
         convert("gguf", fp8_files, tmp_path / "none")
     (tmp_path / "out.gguf").mkdir()
     with pytest.raises(ValueError, match="found a folder"):
         convert("gguf", fp8_files, tmp_path, overwrite=True)
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="there is no folder"):
+        convert("gguf", fp8_files, tmp_path / "file" / "sub", make_folder=True)
+
+
+def test_a_folder_is_made_once_nothing_is_refused_any_more(tmp_path, fp8_files):
+    with pytest.raises(ValueError, match="fits no layer"):
+        convert("int8", fp8_files, tmp_path / "a" / "b", make_folder=True, protected=("w9",))
+    assert not list(tmp_path.iterdir())
+    written = convert("int8", fp8_files, tmp_path / "a" / "b", make_folder=True)
+    assert {pathlib.Path(w.path) for w in written} == set((tmp_path / "a" / "b").iterdir())
 
 
 @both_kinds
@@ -175,6 +199,97 @@ def test_a_folder_without_the_right_to_write(tmp_path, fp8_files):
         convert("int8", fp8_files, tmp_path)
 
 
+class Interrupted(BaseException):
+    pass
+
+
+@both_kinds
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize(
+    "broken, error, raised",
+    [
+        ("fsync", OSError(errno.ENOSPC, "full"), RuntimeError),
+        ("fsync", Interrupted(), Interrupted),
+        ("replace", OSError(errno.EACCES, "in use"), RuntimeError),
+    ],
+    ids=["full", "interrupted", "in_use"],
+)
+def test_two_branches_stand_together_or_not_at_all(
+    tmp_path, fp8_files, monkeypatch, kind, overwrite, broken, error, raised
+):
+    """Whatever goes wrong with the second file when the first is already whole."""
+    calls, real = [], getattr(os, broken)
+
+    def second_fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error
+        return real(*arguments)
+
+    old = {}
+    if overwrite:
+        old = {pathlib.Path(w.path): b"mine" for w in convert(kind, fp8_files, tmp_path)}
+        for path in old:
+            path.write_bytes(b"mine")
+    monkeypatch.setattr(output_file.os, broken, second_fails)
+    # The folder has no part in this: its fsync would be the second call.
+    monkeypatch.setattr(output_file, "_sync_folder", lambda folder: None)
+    with pytest.raises(raised):
+        convert(kind, fp8_files, tmp_path, overwrite=overwrite)
+    if broken == "replace" and overwrite:
+        del old[next(iter(old))]  # its name was taken already; a new file there would be one half of a pair
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+@both_kinds
+def test_a_second_name_that_is_taken_meanwhile(tmp_path, fp8_files, kind):
+    name = CONVERT[kind][1].replace(".", "_uncond.")
+
+    def appear(progress: Progress) -> None:
+        (tmp_path / name).write_bytes(b"mine")
+
+    with pytest.raises(ValueError, match=rf"{name}: exists already"):
+        convert(kind, fp8_files, tmp_path, report=appear)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"mine"}
+
+
+def test_closing_a_file_that_is_thrown_away_hides_no_error(tmp_path, monkeypatch):
+    class Unclosable(io.FileIO):
+        def close(self):
+            super().close()
+            raise OSError(errno.EIO, "close failed")
+
+    monkeypatch.setattr(output_file, "open", lambda path, *rest, **options: Unclosable(path, "xb"), raising=False)
+    with pytest.raises(KeyError, match="the real one"), OutputFile(str(tmp_path / "file")):
+        raise KeyError("the real one")
+    assert not list(tmp_path.iterdir())
+    with (
+        pytest.raises(RuntimeError, match=r"cannot be written \(close failed"),
+        OutputFile(str(tmp_path / "file")) as file,
+    ):
+        file.finish(12)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are not synchronized there")
+@pytest.mark.parametrize("broken", ["open", "fsync", "close"])
+def test_a_folder_that_cannot_be_synchronized_is_no_failure(tmp_path, monkeypatch, caplog, broken):
+    real = {name: getattr(os, name) for name in ("open", "fsync", "close")}
+
+    def fails_for_folders(first, *rest):
+        is_folder = os.path.isdir(first) if broken == "open" else stat.S_ISDIR(os.fstat(first).st_mode)
+        if is_folder:
+            raise OSError(errno.EIO, "no such call here")
+        return real[broken](first, *rest)
+
+    with OutputFile(str(tmp_path / "file")) as file, caplog.at_level(logging.INFO), monkeypatch.context() as patched:
+        patched.setattr(output_file.os, broken, fails_for_folders)
+        file.finish(3)
+        file.commit()
+    assert (tmp_path / "file").read_bytes() == bytes(3)
+    assert "cannot be synchronized with the disk (no such call here)" in caplog.text
+
+
 def test_the_disk_has_the_bytes_before_the_name(tmp_path, monkeypatch):
     """fsync of the file, then rename, then fsync of its folder."""
     calls = []
@@ -193,7 +308,8 @@ def test_the_disk_has_the_bytes_before_the_name(tmp_path, monkeypatch):
     with OutputFile(str(tmp_path / "file")) as file:
         file.write(4, torch.arange(3, dtype=torch.int16))
         file.write(0, b"abcd")
-        file.commit(12)
+        file.finish(12)
+        file.commit()
     assert calls == (["fsync", "replace", "fsync folder"] if os.name == "posix" else ["fsync", "replace"])
     assert (tmp_path / "file").read_bytes() == b"abcd\0\0\1\0\2\0\0\0"
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) & 0o077 == 0o777 & ~_umask() & 0o066

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from host_harness import small_models as small
-from lowbit.convert.record import LayerActivations, read_activation_record
+from lowbit.convert.record import LayerActivations, read_activation_record, write_activation_record
 from lowbit.convert.smoothing import find_folds, smoothing_factors
 from lowbit.convert.source import floats_of as rows_of
 from lowbit.loaders.branch import load_branch
@@ -190,6 +190,37 @@ def test_what_cannot_be_smoothed_is_said(tmp_path, fp8_files):
         to_int8(fp8_files["conditional"], tmp_path / "out.safetensors", records=(str(record),) * 2)
     with pytest.raises(ValueError, match=r"between 0 and 1, found 1\.5"):
         to_int8(fp8_files["conditional"], tmp_path / "out.safetensors", records=(str(record),), alpha=1.5)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_record_of_some_layers_says_how_many_it_smoothed(tmp_path, fp8_files):
+    path = tmp_path / "record.safetensors"
+    whole = read_activation_record(spiky_record(path))
+    source, both = fp8_files["conditional"], {"unconditional": str(fp8_files["unconditional"])}
+
+    def written(names, **options):
+        write_activation_record(path, {name: whole[name] for name in names}, overwrite=True)
+        return to_int8(source, tmp_path / "out.safetensors", records=(str(path),), overwrite=True, **options)
+
+    assert "10 linear layers quantized (10 of them smoothed)" in str(written(whole)[0])
+    # w1 shares its input with w3, which the record lacks; qkv's rows are divided for `o`, which smooths `o` alone.
+    some = ["layers.0.feed_forward.w1", "layers.0.feed_forward.w2", "layers.1.attention.o"]
+    assert "10 linear layers quantized (2 of them smoothed)" in str(written(some)[0])
+    (protected,) = written(some, protected=("layers.0.feed_forward.w2",))
+    assert "9 linear layers quantized (1 of them smoothed), 1 layer protected" in str(protected)
+    (together,) = written(some, one_file=True, **both)
+    assert (together.quantized, together.smoothed) == (20, 4)
+    assert [w.smoothed for w in written(some, **both)] == [2, 2]
+    (plain,) = to_int8(source, tmp_path / "plain.safetensors")
+    assert plain.smoothed is None and "smoothed" not in str(plain)
+
+
+def test_a_record_that_smooths_nothing_is_refused(tmp_path, fp8_files):
+    path = tmp_path / "record.safetensors"
+    whole = read_activation_record(spiky_record(path))
+    write_activation_record(path, {"layers.0.feed_forward.w1": whole["layers.0.feed_forward.w1"]}, overwrite=True)
+    with pytest.raises(ValueError, match=r"lacks all layers that can be smoothed, such as layers\.0\.attention\.qkv"):
+        to_int8(fp8_files["conditional"], tmp_path / "out.safetensors", records=(str(path),))
     assert not (tmp_path / "out.safetensors").exists()
 
 

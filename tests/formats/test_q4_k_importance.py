@@ -33,6 +33,23 @@ def test_weighted_error_falls(golden, rows, spread, gain_db, seed):
     assert with_importance > by_c + gain_db
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_no_super_block_is_worse_than_without(channels):
+    """A few channels that count a million times as much as the others must not spoil the super-blocks they lie in."""
+    generator = torch.Generator().manual_seed(channels)
+    values, mean_square = torch.randn(64, 4608, generator=generator), torch.ones(4608)
+    mean_square[torch.randperm(4608, generator=generator)[:channels]] = 1e6
+
+    def errors(blocks):
+        error = ggml.dequantize(blocks, "Q4_K").double() - values
+        return (error**2 * mean_square).view(-1, 256).sum(dim=1)
+
+    without, with_importance = (errors(ggml.quantize(values, "Q4_K", w)) for w in (None, mean_square))
+    # The two are compared in float32: what it calls equal may differ by its rounding.
+    assert (with_importance <= without * (1 + 1e-6)).all()
+    assert with_importance.sum() < 0.1 * without.sum()
+
+
 def test_equal_importance_is_no_worse_than_none(golden):
     """It searches further, so it may find better scales."""
     values, ones = torch.from_numpy(golden["src"])[:32], torch.ones(768)

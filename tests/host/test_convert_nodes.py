@@ -153,11 +153,16 @@ def test_a_policy_file_in_the_output_folder(save, folders):
         ({"checkpoint": "t_gone.safetensors"}, "not in models/diffusion_models any more"),
     ],
 )
-def test_refusals(save, folders, options, text):
+def test_refusals(comfy_host, save, folders, monkeypatch, options, text):
+    """They change nothing: no folder is made, no model is moved off the GPU."""
+    freed = []
+    monkeypatch.setattr(comfy_host.comfy.model_management, "free_memory", lambda *arguments: freed.append(arguments))
     with pytest.raises((ValueError, FileNotFoundError), match=text) as refused:
-        save("int8", **options)
+        save("int8", **({"device": "default"} | options))
     assert type(refused.value) in (ValueError, FileNotFoundError), "a type that the page can show"
-    assert not [path for path in folders[1].rglob("*") if path.is_file()]
+    assert not list(folders[1].iterdir()) and not freed
+    # And what is not refused makes its folder, and its room on the device.
+    assert save("int8", "sub/folder/name", device="default").is_file() and len(freed) == 1
 
 
 def test_nothing_is_overwritten_unasked(save):
@@ -170,7 +175,16 @@ def test_nothing_is_overwritten_unasked(save):
     assert path.read_bytes() != before
 
 
-def test_diffusers_names_are_refused_with_a_way_out(save, folders):
+def test_sources_are_opened_once(save, monkeypatch):
+    from lowbit.convert import source
+
+    opened, real = [], source.open_branches
+    monkeypatch.setattr(source, "open_branches", lambda path, *rest: opened.append(path) or real(path, *rest))
+    save("int8", unconditional="t_unconditional.safetensors")
+    assert len(opened) == 2
+
+
+def test_diffusers_names_are_refused_with_a_way_out(comfy_host, save, folders, monkeypatch):
     """The host can load these floats, renaming and joining them; quantized ones it could not."""
     floats = {}
     for block in range(2):
@@ -181,8 +195,11 @@ def test_diffusers_names_are_refused_with_a_way_out(save, folders):
     floats |= {"x_embedder.weight": torch.zeros(256, 64), "context_embedder.weight": torch.zeros(256, 256)}
     floats |= {"proj_out.weight": torch.zeros(64, 256), "x_embedder.bias": torch.zeros(256)}
     small.save(folders[0] / "t_diffusers.safetensors", floats)
+    freed = []
+    monkeypatch.setattr(comfy_host.comfy.model_management, "free_memory", lambda *arguments: freed.append(arguments))
     with pytest.raises(ValueError, match=r"the names of the diffusers library.*save it with Save Model"):
-        save("int8", checkpoint="t_diffusers.safetensors")
+        save("int8", checkpoint="t_diffusers.safetensors", device="default")
+    assert not freed and not list(folders[1].iterdir())
 
 
 def test_cancel_leaves_nothing_behind_and_the_bar_moves(comfy_host, save, folders, monkeypatch):
