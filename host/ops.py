@@ -270,7 +270,7 @@ class LowbitLinear:
     @property
     def reads_values(self) -> bool:
         """Whether this layer also reads the floats that quantized activations stand for: a LoRA's side path does."""
-        return bool(self.model_patches or self.hook_patches)
+        return len(self.model_patches) + len(self.hook_patches) > 0  # which torch.compile can trace
 
     def _quantizer(self, device: torch.device) -> Quantizer:
         weight = layouts.from_host(self.weight)
