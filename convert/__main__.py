@@ -22,6 +22,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if importlib.util.find_spec("torch") is None:
+        sys.stderr.write(f"{sys.executable} has no torch. Run this by the Python that runs ComfyUI.\n")
+        return 1
     register_package()
     line = TerminalLine()
     try:

@@ -6,10 +6,11 @@ and a code of rotated INT8 or a scale of Q4_K fall to its neighbour.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ..loaders.errors import counted
 from . import gguf, int8
@@ -32,19 +33,22 @@ OnChecked = Callable[[list[Part]], None]
 @dataclasses.dataclass(frozen=True)
 class Written:
     """A file that was written. quantized: linear layers that were; protected: those that someone asked to keep;
-    smoothed: of the quantized ones, None where nobody asked for smoothing."""
+    smoothed: of the quantized ones, None where nobody asked for smoothing. types: how many layers have which type,
+    where there are several."""
 
     path: str
     size_bytes: int
     quantized: int
     protected: int
     smoothed: int | None = None
+    types: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         kept = f", {counted(self.protected, 'layer')} protected" if self.protected else ""
         smoothed = "" if self.smoothed is None else f" ({self.smoothed:,} of them smoothed)"
         quantized = f"{counted(self.quantized, 'linear layer')} quantized{smoothed}"
-        return f"{self.path}: {self.size_bytes / 1e9:.2f} GB, {quantized}{kept}"
+        types = ", ".join(f"{count} {name}" for name, count in self.types.items())
+        return f"{self.path}: {self.size_bytes / 1e9:.2f} GB, {quantized}{f' ({types})' if types else ''}{kept}"
 
 
 def convert_to_int8(
@@ -79,6 +83,8 @@ def convert_to_gguf(
 ) -> list[Written]:
     """Write GGUF. Raises ValueError and RuntimeError with a sentence for the person who asked."""
     sources, parts = open_request(request, ".gguf", gguf.BRANCH_PREFIXES)
+    for part in parts:
+        options.policy.check_patterns([key.removesuffix(".weight") for key in part.branch.weights])
     plans = [gguf.plan_gguf(part, options.policy, request.device) for part in parts]
     check_room(request.target, [each for found in plans for each in found])
     on_checked(parts)
@@ -147,7 +153,10 @@ def _write(
         smooth = None
         if smoothed is not None:
             smooth = sum(count for part, count in zip(parts, smoothed, strict=True) if part.target == target)
-        written.append(Written(target, layout.size_bytes, quantized, protected, smooth))
+        names = {f"{name}.weight" for part in inside for name in part.quantized}
+        types = collections.Counter(plan.tensors[0].stored for plan in tensors if plan.key in names)
+        shown = types if set(types) != {"I8"} else {}
+        written.append(Written(target, layout.size_bytes, quantized, protected, smooth, shown))
     if request.make_folder:
         _make_folder(request.target)
     write_files(files, request.overwrite, sources, report)

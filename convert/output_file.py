@@ -137,7 +137,7 @@ class OutputFile:
 
 
 def _exists(path: str) -> ValueError:
-    return ValueError(f"{path}: exists already. Pick another name, or switch overwriting on.")
+    return ValueError(f"{path}: exists already. Pick another name, or allow overwriting (--overwrite).")
 
 
 def _sync_folder(folder: str) -> None:

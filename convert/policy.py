@@ -41,6 +41,14 @@ class GgufPolicy:
                 return name
         return self.default if quantize else None
 
+    def check_patterns(self, modules: Sequence[str]) -> None:
+        """Raises ValueError for a pattern that fits none of a model's modules: it would be ignored without a word."""
+        for pattern in self.layers:
+            if not fnmatch.filter(modules, pattern):
+                raise ValueError(
+                    f"policy: {pattern!r} fits no weight of the model. Names look like {modules[len(modules) // 2]}."
+                )
+
 
 def read_policy(preset_or_path: str) -> GgufPolicy:
     """A preset by name (`q4_k`), or a policy file. Raises ValueError."""
@@ -67,23 +75,24 @@ def _checked_policy(path: str, policy: object) -> GgufPolicy:
     layers, rest = policy.get("layers", {}), policy.get("rest")
     if not isinstance(layers, dict):
         raise ValueError(f"{path}: found {quoted(layers)} as layers, expected an object: pattern -> type.")
-    for name in (policy["default"], *layers.values()):
-        _check_type(path, name, WRITABLE)
-    if rest is not None:
-        _check_type(path, rest, _PLAIN)
-    return GgufPolicy(policy["default"], layers, rest)
+    default = _type(path, "default", policy["default"], WRITABLE)
+    layers = {pattern: _type(path, pattern, name, WRITABLE) for pattern, name in layers.items()}
+    return GgufPolicy(default, layers, None if rest is None else _type(path, "rest", rest, _PLAIN))
 
 
-def _check_type(path: str, name: object, known: Sequence[str]) -> None:
-    if name in known:
-        return
+def _type(path: str, entry: str, name: object, known: Sequence[str]) -> str:
+    """The type's name in capitals. Raises ValueError for one that is not known."""
+    if isinstance(name, str) and name.upper() in known:
+        return name.upper()
     reason = ""
-    if isinstance(name, str):
+    if isinstance(name, str) and name.upper() not in WRITABLE:
         try:
-            reason = f" ({type_from_name(name).name} can only be read)" if name not in _PLAIN else ""
+            reason = f" ({type_from_name(name.upper()).name} can only be read)"
         except UnknownQuantizationError:
             reason = " (no such type)"
-    raise ValueError(f"{path}: found the type {quoted(name)}{reason}, expected one of {', '.join(known)}.")
+    raise ValueError(
+        f"{path}: found the type {quoted(name)}{reason} for {quoted(entry)}, expected one of {', '.join(known)}."
+    )
 
 
 def linears_worth_quantizing(weights: Mapping[str, object]) -> list[str]:

@@ -59,8 +59,7 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
     """
     if not request.target.endswith(suffix):
         raise ValueError(f"{request.target}: found another ending, expected {suffix}. Rename the file to write.")
-    if torch.device(request.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: found no CUDA device on this machine. Convert on the cpu.")
+    _check_device(request.device)
     sources = open_sources(request.source, request.unconditional)
     targets = _targets(request, len(sources.branches))
     read = [file.path for file in sources.files]
@@ -73,6 +72,15 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
         prefix = prefixes[branch.name] if targets.count(target) > 1 else ""
         parts.append(_part(request, index, branch, target, prefix))
     return sources, parts
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: found {device!r}, expected cpu, cuda or a certain GPU such as cuda:1.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: found no CUDA device on this machine. Convert on the cpu.")
 
 
 def _targets(request: Request, branches: int) -> list[str]:
@@ -94,6 +102,11 @@ def _part(request: Request, index: int, branch: Branch, target: str, prefix: str
         )
     report = read_fragility_report(_of_branch(request.reports, index)) if request.reports else ()
     protected = protected_layers(branch.path, linears, request.protected, report, request.protect_count)
+    if not set(linears) - protected:
+        raise ValueError(
+            f"protected layers: found all {len(linears)} linear layers of {os.path.basename(branch.path)} protected, "
+            "expected some to quantize. Protect fewer."
+        )
     record = {}
     if request.records:
         path = _of_branch(request.records, index)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -57,9 +58,30 @@ def open_sources(path: str, unconditional_path: str | None = None) -> Sources:
     if unconditional_path is None:
         branches = tuple(_load(checkpoint, name) for name in checkpoint.names)
     else:
+        if os.path.realpath(path) == os.path.realpath(unconditional_path):
+            raise ValueError(
+                f"unconditional: found {os.path.basename(path)} itself, expected the file of the other branch. Leave "
+                "it out: all branches that a file holds are converted."
+            )
         second = open_branches(unconditional_path, open_file)
         branches = (_load(checkpoint, CONDITIONAL), _load(second, UNCONDITIONAL))
+        _check_pair(*branches)
     return Sources(branches, tuple(files))
+
+
+def _check_pair(conditional: Branch, unconditional: Branch) -> None:
+    """The second branch has the weights of the first, but for what only text needs."""
+    shared = sum(
+        name in conditional.weights and tuple(weight.shape) == tuple(conditional.weights[name].shape)
+        for name, weight in unconditional.weights.items()
+    )
+    if 2 * shared < len(unconditional.weights):
+        raise CheckpointError(
+            unconditional.path,
+            found=f"{shared} of {len(unconditional.weights)} weights as in {os.path.basename(conditional.path)}",
+            expected="the unconditional branch of the same model",
+            todo="Pick the other branch's file.",
+        )
 
 
 def _load(checkpoint: BranchedCheckpoint, branch: str) -> Branch:

@@ -22,6 +22,9 @@ RESULTS = ROOT / "evaluation" / "results"
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if importlib.util.find_spec("torch") is None:
+        sys.stderr.write(f"{sys.executable} has no torch. Run this by the Python that runs ComfyUI.\n")
+        return 2
     register_package()
     try:
         return verify(options) if options.command == "verify" else ablation(options)

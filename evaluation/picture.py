@@ -7,7 +7,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-Place = "tuple[str, int | None]"  # of a layer: its kind and its depth
+Place = tuple[str, int | None]  # of a layer: its kind and its depth
 
 CELL_WIDTH, CELL_HEIGHT, MARGIN, LINE = 22, 18, 12, 20
 BAR_WIDTH = 14

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from lowbit.tests.convert.making import spiky_record, to_gguf, to_int8
@@ -104,8 +105,18 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, fp8_files):
     for line in process.stderr:  # the first of the stage that writes
         if line.startswith("writing"):
             break
+    deadline = time.monotonic() + 60
+    while not list(target.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert [path.suffix for path in target.iterdir()] == [".partial"]
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Cancelled: nothing was written." in rest and "Traceback" not in rest
     assert not list(target.iterdir())
+
+
+def test_a_python_without_torch_is_told_so(tmp_path):
+    command = [sys.executable, "-S", str(ROOT / "convert"), "int8", "a.safetensors", "b.safetensors"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.endswith(" has no torch. Run this by the Python that runs ComfyUI.\n")

@@ -147,9 +147,9 @@ def test_a_policy_file_says_which_layer_gets_which_type(tmp_path, fp8_files):
     [
         ({"layers": {}}, "expected an object with default"),
         ({"default": "Q4_K", "lairs": {}}, r"found \['default', 'lairs'\]"),
-        ({"default": "Q6_K"}, r"'Q6_K' \(Q6_K can only be read\), expected one of F32, .*Q4_K"),
+        ({"default": "Q6_K"}, r"'Q6_K' \(Q6_K can only be read\) for 'default', expected one of F32, .*Q4_K"),
         ({"default": "Q9_K"}, r"'Q9_K' \(no such type\)"),
-        ({"default": "Q4_K", "rest": "Q8_0"}, "'Q8_0'.*expected one of F32, F16, BF16"),
+        ({"default": "Q4_K", "rest": "Q8_0"}, "found the type 'Q8_0' for 'rest', expected one of F32, F16, BF16"),
         ({"default": "Q4_K", "layers": {"*": 4}}, "found the type 4"),
         ({"default": "Q4_K", "layers": ["*"]}, "as layers"),
         ([1], "expected an object"),
@@ -162,6 +162,27 @@ def test_policies_that_make_no_sense(tmp_path, policy, text):
     path.write_text(json.dumps(policy))
     with pytest.raises(ValueError, match=text):
         read_policy(str(path))
+
+
+def test_a_policys_types_may_be_small_letters(tmp_path):
+    from lowbit.convert.policy import GgufPolicy, read_policy
+
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps({"default": "q4_k", "layers": {"*.w2": "q8_0"}, "rest": "bf16"}))
+    assert read_policy(str(path)) == GgufPolicy("Q4_K", {"*.w2": "Q8_0"}, "BF16")
+
+
+def test_a_pattern_that_fits_nothing_is_refused(tmp_path, fp8_files):
+    policy = policy_file(tmp_path, default="Q4_K", layers={"*.feed_forward.w9": "Q8_0"})
+    with pytest.raises(ValueError, match=r"'\*\.feed_forward\.w9' fits no weight of the model. Names look like "):
+        to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", policy)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_the_result_says_how_many_layers_have_which_type(tmp_path, fp8_files):
+    policy = policy_file(tmp_path, default="Q4_K", layers={"*.feed_forward.w2": "Q8_0"})
+    (written,) = to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", policy)
+    assert "10 linear layers quantized (8 Q4_K, 2 Q8_0)" in str(written)
 
 
 def test_policies_that_are_no_file(tmp_path):

@@ -253,6 +253,25 @@ def test_refusals_before_anything_is_written(tmp_path, fp8_files):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_pair_is_two_files_of_one_model(tmp_path, fp8_files):
+    source = fp8_files["conditional"]
+    with pytest.raises(ValueError, match="itself, expected the file of the other branch"):
+        to_int8(source, tmp_path / "m.safetensors", unconditional=str(source))
+    other = small.save(tmp_path / "other.safetensors", {"blocks.0.weight": torch.ones(512, 512).bfloat16()})
+    with pytest.raises(ValueError, match=r"found 0 of 1 weights as in .*expected the unconditional branch of the same"):
+        to_int8(source, tmp_path / "m.safetensors", unconditional=str(other))
+
+
+def test_a_conversion_that_quantizes_nothing_is_refused(tmp_path, fp8_files):
+    with pytest.raises(ValueError, match=r"found all 10 linear layers of .* protected, expected some to quantize"):
+        to_int8(fp8_files["conditional"], tmp_path / "m.safetensors", protected=("*",))
+
+
+def test_a_device_that_does_not_exist_is_refused(tmp_path, fp8_files):
+    with pytest.raises(ValueError, match="device: found 'gpu', expected cpu, cuda or a certain GPU such as cuda:1"):
+        to_int8(fp8_files["conditional"], tmp_path / "m.safetensors", device="gpu")
+
+
 def test_bf16_and_fp8_sources_differ_only_by_fp8(tmp_path):
     (written,) = to_int8(bf16(tmp_path), tmp_path / "out.safetensors")
     floats, got = small.ideogram4(), floats_of(written.path)
