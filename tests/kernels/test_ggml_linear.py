@@ -88,8 +88,8 @@ def test_no_tokens_and_no_features(device):
 
 
 def test_gradients_flow_through_the_composed_linear(device):
-    x, blocks, values, bias = operands("Q4_K", 3, 16, device, torch.float32)
-    with torch.enable_grad():  # which a host in this process switches off
+    with torch.inference_mode(False), torch.enable_grad():  # a host in this process computes in inference mode
+        x, blocks, values, bias = (tensor.clone() for tensor in operands("Q4_K", 3, 16, device, torch.float32))
         x.requires_grad_(True)
         ggml_weight_linear(x, GgmlWeight(blocks, tuple(values.shape), "Q4_K"), bias, "exact").sum().backward()
     torch.testing.assert_close(x.grad, values.sum(0).expand(3, -1))
