@@ -78,13 +78,10 @@ def _run(request: SaveRequest, suffix: str, convert: Callable[..., list[Written]
         if request.device == DEVICES[0]:
             comfy.model_management.free_memory(_DEVICE_BYTES, device)
 
-    try:
+    with files.errors_for_the_page():
         asked = _request(request, suffix, device)
         start = time.monotonic()
         written = convert(asked, options, _Report(), on_checked)
-    except CheckpointError as error:
-        # The page puts the error's type before its text, and the type of a custom node is a path.
-        raise ValueError(str(error)) from error
     return "\n".join([*map(str, written), f"{time.monotonic() - start:.0f} s"])
 
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import comfy.memory_management
 import folder_paths
 
+from ..loaders.errors import CheckpointError
 from ..loaders.mapped_file import MappedFile
 
 MODEL_FOLDER = "diffusion_models"
 GGUF_FOLDER = "lowbit_gguf"
 TEXT_ENCODER_FOLDER = "text_encoders"
 TEXT_ENCODER_GGUF_FOLDER = "lowbit_text_encoder_gguf"
+
+
+@contextlib.contextmanager
+def errors_for_the_page() -> Iterator[None]:
+    """Raises a CheckpointError as a ValueError of the same text: the page puts an error's type before its text, and the
+    type of a custom node is a path."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
 
 
 class HostFile(MappedFile):

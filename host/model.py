@@ -20,7 +20,7 @@ from ..loaders.errors import CheckpointError, counted
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from ..loaders.policy import is_part, quantizes
 from . import compat, conditioning, fused_block, layouts
-from .files import HostFile
+from .files import HostFile, errors_for_the_page
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
 
@@ -57,11 +57,8 @@ def load_pair(request: LoadRequest, unconditional: str, unconditional_base_path:
     unconditional: `same file`, `none` (the same model for both, for ordinary CFG) or the path of another file.
     Raises ValueError and RuntimeError with a sentence for the person who picked the files.
     """
-    try:
+    with errors_for_the_page():
         return _load_pair(request, unconditional, unconditional_base_path)
-    except CheckpointError as error:
-        # The page puts the error's type before its text, and the type of a custom node is a path.
-        raise ValueError(str(error)) from error
 
 
 def _load_pair(request: LoadRequest, unconditional: str, unconditional_base_path: str | None):

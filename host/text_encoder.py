@@ -16,7 +16,7 @@ from ..formats import GgmlWeight
 from ..loaders.errors import CheckpointError, counted
 from ..loaders.text_encoder_gguf import TextEncoder, read_text_encoder
 from . import compat, layouts
-from .files import HostFile
+from .files import HostFile, errors_for_the_page
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
 
@@ -48,11 +48,8 @@ def load_clip(request: TextEncoderRequest, disable_dynamic: bool = False) -> com
     disable_dynamic: take the host's plain patcher although dynamic VRAM is on. Raises ValueError with a sentence for
     the person who picked the file.
     """
-    try:
+    with errors_for_the_page():
         return _load_clip(request, disable_dynamic)
-    except CheckpointError as error:
-        # The page puts the error's type before its text, and the type of a custom node is a path.
-        raise ValueError(str(error)) from error
 
 
 def load_patcher(request: TextEncoderRequest, disable_dynamic: bool = False) -> ModelPatcher:

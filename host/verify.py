@@ -12,7 +12,6 @@ from ..evaluation import verify_report
 from ..evaluation.pairs import Files
 from ..evaluation.picture import draw
 from ..evaluation.verify import verify
-from ..loaders.errors import CheckpointError
 from . import files, model
 from .convert import DEVICES
 from .profile_activations import image_tensor
@@ -43,11 +42,8 @@ def verify_files(request: VerifyRequest) -> tuple[str, torch.Tensor]:
         _second(request.unconditional),
         _second(request.source_unconditional),
     )
-    try:
+    with files.errors_for_the_page():
         checks = verify(compared, device, _Progress())
-    except CheckpointError as error:
-        # The page puts the error's type before its text, and the type of a custom node is a path.
-        raise ValueError(str(error)) from error
     panels = verify_report.panels(checks)
     picture = image_tensor(draw(panels)) if panels else torch.ones((1, 64, 64, 3))
     return verify_report.text(checks), picture
