@@ -11,6 +11,8 @@ from comfy.conds import CONDRegular
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from .parallel_branches import unconditional_device
+
 _KEY = "lowbit_conditioning"
 
 
@@ -26,10 +28,10 @@ def _sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwar
     conds = dict(guider.conds)
     if getattr(guider, "_uncond_conds", None) is not None:
         conds["negative"] = guider._uncond_conds
-    for conditioning in conds.values():
+    for name, conditioning in conds.items():
+        device = unconditional_device(guider, noise.device) if name == "negative" else noise.device
         for cond in conditioning:
-            moved = {name: _moved(value, noise.device) for name, value in cond.get("model_conds", {}).items()}
-            cond["model_conds"] = moved
+            cond["model_conds"] = {key: _moved(value, device) for key, value in cond.get("model_conds", {}).items()}
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
 

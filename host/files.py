@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import comfy.memory_management
 import folder_paths
@@ -26,6 +28,50 @@ def errors_for_the_page() -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise ValueError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class FileState:
+    """Which file a path led to, and what the system says of it: enough to notice that it was replaced or written to."""
+
+    path: str
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+
+def file_state(path: str) -> FileState | None:
+    """The state of a file, or None where there is none to be looked at: loading it will say why."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return FileState(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def check_not_written_to(states: Iterable[FileState]) -> None:
+    """Raise RuntimeError when a file, whose weights may still be read from the disk, was written to.
+
+    Deleting it, or putting another one in its place, does no harm: whoever has it open keeps what it held.
+    """
+    for state in states:
+        now = file_state(state.path)
+        if now is not None and now.inode == state.inode and now != state:
+            raise RuntimeError(
+                f"{os.path.basename(state.path)} was written to after it was loaded, and its weights may be read from "
+                "it until the end. Queue the prompt again, once the file is complete: it is loaded anew."
+            )
+
+
+def check_still_the_same(states: Iterable[FileState]) -> None:
+    """Raise RuntimeError when a path does not lead to the file that a model was loaded from: loaded once more, for
+    another GPU or for hooks, it would be another model."""
+    for state in states:
+        if file_state(state.path) != state:
+            raise RuntimeError(
+                f"{os.path.basename(state.path)} was replaced or removed after it was loaded, and ComfyUI has to load "
+                "it once more for this prompt. Queue the prompt again: the new file is loaded."
+            )
 
 
 class HostFile(MappedFile):

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import inspect
 import textwrap
+import weakref
 from collections.abc import Callable
 
 import comfy.ldm.ideogram4.model as host_model
@@ -47,10 +48,20 @@ def fuse_blocks(patcher: ModelPatcher) -> None:
     """Put object patches on the blocks of the patcher's model that can be fused."""
     patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, _KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _follow)
-    for name, block in _blocks(patcher):
-        if unfusable(block) is None:
-            for attribute, function in replacements(block).items():
-                patcher.add_object_patch(f"{name}.{attribute}", function)
+    fused = [(name, block) for name, block in _blocks(patcher) if unfusable(block) is None]
+    for name, block in fused:
+        for attribute, function in replacements(block).items():
+            patcher.add_object_patch(f"{name}.{attribute}", function)
+    weakref.finalize(patcher.model, _let_go, [block for _, block in fused]).atexit = False
+
+
+def _let_go(blocks: list[torch.nn.Module]) -> None:
+    """Free the blocks of a model that is gone. A patched module refers to itself, as does one whose patch the host has
+    taken back: until Python looks for cycles, such a model's file would stay open and its weights in memory."""
+    for block in blocks:
+        for attribute in replacements(block):
+            module_name, _, function_name = attribute.rpartition(".")
+            block.get_submodule(module_name).__dict__.pop(function_name, None)
 
 
 def _follow(source: ModelPatcher, clone: ModelPatcher) -> None:

@@ -7,9 +7,12 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Callable
 
 import comfy.model_detection
+import comfy.model_management
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -19,8 +22,8 @@ from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from ..loaders.policy import is_part, quantizes
-from . import compat, conditioning, fused_block, layouts
-from .files import HostFile, errors_for_the_page
+from . import compat, conditioning, fused_block, layouts, parallel_branches
+from .files import FileState, HostFile, check_still_the_same, errors_for_the_page, file_state
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
 
@@ -38,7 +41,7 @@ class LoadRequest:
     path: the checkpoint. base_path: what supplies what an incomplete layout lacks. compute_mode: one of COMPUTE_MODES.
     dtype: a key of DTYPES, of activations and unquantized weights. quantize: whether float and FP8 linears become INT8.
     protected: parts of layer names that are never quantized on the fly. tune: whether kernels may measure their
-    configurations at first use.
+    configurations at first use. files: the two as they are when this is made; a file that changes is another request.
     """
 
     path: str
@@ -49,6 +52,11 @@ class LoadRequest:
     quantize: bool = False
     protected: tuple[str, ...] = ()
     tune: bool = True
+    files: tuple[FileState, ...] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        states = (file_state(path) for path in (self.path, self.base_path) if path is not None)
+        object.__setattr__(self, "files", tuple(state for state in states if state is not None))
 
 
 def load_pair(request: LoadRequest, unconditional: str, unconditional_base_path: str | None = None):
@@ -88,6 +96,7 @@ def load_model(request: LoadRequest, disable_dynamic: bool = False) -> ModelPatc
     disable_dynamic: take the host's plain patcher although dynamic VRAM is on, as the host asks for when it makes a
     delegate for hooks. Raises CheckpointError and RuntimeError naming the file.
     """
+    check_still_the_same(request.files)
     return _build(request, load_branch(request.path, request.branch, request.base_path, HostFile), disable_dynamic)
 
 
@@ -99,6 +108,7 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     if request.quantize and not is_quantized:
         _check_protected(request, branch)
         settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
+        settings.before_quantizing = _QuantizingBar(branch, settings.quantize_layer)
     model_options = {"custom_operations": make_operations(settings)}
     dtype = DTYPES[request.dtype]
     if dtype is not None:
@@ -117,9 +127,22 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
         raise _unknown_model(branch)
     _check_complete(branch, settings)
     patcher.cached_patcher_init = (load_model, (request,))
-    fused_block.fuse_blocks(adopt(patcher))
+    fused_block.fuse_blocks(adopt(patcher, request.files))
     conditioning.keep_on_device(patcher)
+    parallel_branches.run_in_parallel(patcher)
     return patcher
+
+
+class _QuantizingBar:
+    """Called before each layer that is quantized while loading: shows how far it is, and lets the user cancel."""
+
+    def __init__(self, branch: Branch, quantize_layer: Callable[[str, int, int], bool]):
+        names = [(key.removesuffix(".weight"), weight.shape) for key, weight in branch.weights.items()]
+        self._bar = comfy.utils.ProgressBar(sum(len(s) == 2 and quantize_layer(name, *s) for name, s in names))
+
+    def __call__(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._bar.update(1)
 
 
 def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -37,13 +37,15 @@ class LoadSettings:
 
     file_name: for messages. compute_mode: `auto`, `int8` or `exact`. tune: whether kernels may measure their
     configurations at first use. quantize_layer: whether a float linear weight of this module name and shape [N, K] is
-    quantized to INT8 at load. missing_keys: filled by the load, what the file did not supply.
+    quantized to INT8 at load. before_quantizing: called before each of them; it may raise to cancel the load.
+    missing_keys: filled by the load, what the file did not supply.
     """
 
     file_name: str
     compute_mode: str
     tune: bool = True
     quantize_layer: Callable[[str, int, int], bool] = lambda name, N, K: False
+    before_quantizing: Callable[[], None] = lambda: None
     missing_keys: list[str] = dataclasses.field(default_factory=list)
 
     def mode_of(self, weight: QuantizedWeight) -> str:
@@ -175,6 +177,7 @@ class LowbitLinear:
         quantized = layouts.from_host(weight)
         if quantized is None or isinstance(quantized, Fp8Weight):
             if self.lowbit_settings.quantize_layer(name, *expected):
+                self.lowbit_settings.before_quantizing()
                 quantized = quantize_on_the_fly(weight)
             else:
                 # A float weight stays in the file's dtype, on the file's mapping: the host casts it where it is used.
@@ -289,6 +292,19 @@ class LowbitLinear:
             self._row_scale = find_row_scale(weight.data, weight.ggml_type, rotation_group)
         return self._row_scale
 
+    def _apply(self, fn, recurse=True):
+        """Moving to a device. The host's own would copy a weight that stays where it is when it unloads models outside
+        inference mode, 20 GB of a mapped file, and leave a parameter that cannot be moved inside it."""
+        weight = self.weight
+        if layouts.from_host(weight) is None:
+            return super()._apply(fn, recurse)
+        moved = fn(weight)
+        self._parameters["weight"] = None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.weight = _as_parameter(moved)
+
     def register_parameter(self, name, param):
         """However the weight is replaced or moved, it comes through here: what was found out about the old one ends."""
         if name == "weight":
@@ -385,8 +401,21 @@ class LowbitEmbedding:
         """Moving to a device: torch would write the moved table into `data`, as LowbitLinear.set_weight explains."""
         if layouts.from_host(self.weight) is None:
             return super()._apply(fn, recurse)
-        self.weight = torch.nn.Parameter(fn(self.weight), requires_grad=False)
+        self.weight = _as_parameter(fn(self.weight))
         return self
+
+
+def _as_parameter(weight: torch.Tensor) -> torch.nn.Parameter:
+    """A moved weight as a parameter.
+
+    Torch lets a quantized tensor made outside inference mode become no parameter inside it. The host loads inside and
+    unloads on either side: here the tensor is always made inside, on whatever bytes it has.
+    """
+    quantized = layouts.from_host(weight)
+    with torch.inference_mode():
+        if quantized is not None:
+            weight = layouts.to_host(quantized, weight.dtype)
+        return torch.nn.Parameter(weight, requires_grad=False)
 
 
 def quantize_on_the_fly(weight: torch.Tensor) -> QuantizedWeight:

@@ -25,12 +25,19 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..kernels import scratch
 from . import layouts
+from .files import FileState, check_not_written_to
 from .lora import LowRankSum, low_rank_sum, small_changes
 from .ops import LowbitLinear
 
+_FILES = "lowbit_files"
 
-def adopt(patcher: ModelPatcher) -> ModelPatcher:
-    """Make a patcher that the host built one of ours, clones and non-dynamic delegates included."""
+
+def adopt(patcher: ModelPatcher, files: tuple[FileState, ...]) -> ModelPatcher:
+    """Make a patcher that the host built one of ours, clones and non-dynamic delegates included.
+
+    files: what its weights lie on, as the files were before they were opened.
+    """
+    patcher.set_attachments(_FILES, files)
     _take_class(None, patcher)
     patcher.add_callback(CallbacksMP.ON_CLONE, _take_class)
     return patcher
@@ -65,8 +72,18 @@ class _KeepsQuantized:
     """What both of the host's patchers need: mixed into each."""
 
     def load(self, *args, **kwargs):
+        self._check_files()
         super().load(*args, **kwargs)
         self._hand_over_patches()
+
+    def pre_run(self):
+        # What is loaded may be streamed from the file in every step.
+        self._check_files()
+        super().pre_run()
+
+    def _check_files(self) -> None:
+        # A patcher that another pack made from our class, not as a clone, knows no files.
+        check_not_written_to(self.get_attachment(_FILES) or ())
 
     def detach(self, unpatch_all=True):
         scratch.release()

@@ -16,7 +16,7 @@ from ..formats import GgmlWeight
 from ..loaders.errors import CheckpointError, counted
 from ..loaders.text_encoder_gguf import TextEncoder, read_text_encoder
 from . import compat, layouts
-from .files import HostFile, errors_for_the_page
+from .files import FileState, HostFile, check_still_the_same, errors_for_the_page, file_state
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
 
@@ -34,12 +34,18 @@ _TEXT_ALONE = (CLIPType.IDEOGRAM4, CLIPType.FLUX, CLIPType.FLUX2)
 class TextEncoderRequest:
     """Everything that decides how a text encoder is loaded; equal requests load equal ones.
 
-    path: the GGUF file. type, device: what the host's own node offers under these names.
+    path: the GGUF file. type, device: what the host's own node offers under these names. files: the file as it is when
+    this is made; one that changes is another request.
     """
 
     path: str
     type: str
     device: str = "default"
+    files: tuple[FileState, ...] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        state = file_state(self.path)
+        object.__setattr__(self, "files", () if state is None else (state,))
 
 
 def load_clip(request: TextEncoderRequest, disable_dynamic: bool = False) -> comfy.sd.CLIP:
@@ -54,6 +60,7 @@ def load_clip(request: TextEncoderRequest, disable_dynamic: bool = False) -> com
 
 def load_patcher(request: TextEncoderRequest, disable_dynamic: bool = False) -> ModelPatcher:
     """The patcher alone: what the host asks for when it builds the same text encoder once more."""
+    check_still_the_same(request.files)
     return load_clip(request, disable_dynamic).patcher
 
 
@@ -89,7 +96,7 @@ def _load_clip(request: TextEncoderRequest, disable_dynamic: bool) -> comfy.sd.C
     _check_complete(encoder, settings)
     _without_vision(clip, os.path.basename(request.path))
     clip.patcher.cached_patcher_init = (load_patcher, (request,))
-    adopt(clip.patcher)
+    adopt(clip.patcher, request.files)
     return clip
 
 

@@ -1,12 +1,12 @@
 """The nodes: schema, tooltips, validation, one call into `host/`. One class a file."""
 
-from comfy_api.latest import ComfyExtension, io
-
 from ..host import compat
 
-compat.check_host()
+compat.check_host()  # a host that is too old is told so before an import of what it lacks fails
 
-from ..host.files import register_gguf_folder  # noqa: E402  (a host that is too old is told so before anything else fails)
+from comfy_api.latest import ComfyExtension, io  # noqa: E402
+
+from ..host.files import register_gguf_folder  # noqa: E402
 from .compile_model import CompileModel  # noqa: E402
 from .fragility_report import FragilityReport  # noqa: E402
 from .inspect_quantized_model import InspectQuantizedModel  # noqa: E402

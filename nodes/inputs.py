@@ -90,6 +90,15 @@ def model_outputs() -> list[io.Model.Output]:
     ]
 
 
+def fingerprint(*names: str | None) -> list[str]:
+    """What ComfyUI compares to tell whether a loader has to run again: the state of every file picked in its widgets.
+
+    Names that come through a link are not known here, and are None.
+    """
+    picked = [name for name in names if name not in (None, model.SAME_FILE, model.NONE)]
+    return [repr(files.file_state(files.full_path(name))) for name in picked]
+
+
 def path_or_choice(name: str) -> str:
     """The path of a picked file; `same file` and `none` stay as they are."""
     return name if name in (model.SAME_FILE, model.NONE) else files.full_path(name)

@@ -44,6 +44,10 @@ class LoadClipGguf(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, clip_name=None, **_others):
+        return None if clip_name is None else repr(files.file_state(files.text_encoder_path(clip_name)))
+
+    @classmethod
     def execute(cls, clip_name, type, device="default") -> io.NodeOutput:
         path = files.text_encoder_path(clip_name)
         return io.NodeOutput(text_encoder.load_clip(text_encoder.TextEncoderRequest(path, type, device)))

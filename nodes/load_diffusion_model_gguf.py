@@ -28,6 +28,10 @@ class LoadDiffusionModelGguf(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, checkpoint=None, unconditional=None, **_others):
+        return inputs.fingerprint(checkpoint, unconditional)
+
+    @classmethod
     def execute(cls, checkpoint, unconditional, compute_mode, dtype, tune_kernels=True) -> io.NodeOutput:
         request = model.LoadRequest(
             files.full_path(checkpoint), compute_mode=compute_mode, dtype=dtype, tune=tune_kernels

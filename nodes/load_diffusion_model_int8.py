@@ -31,6 +31,17 @@ class LoadDiffusionModelInt8(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(
+        cls,
+        checkpoint=None,
+        unconditional=None,
+        base_checkpoint=None,
+        base_checkpoint_unconditional=None,
+        **_others,
+    ):
+        return inputs.fingerprint(checkpoint, unconditional, base_checkpoint, base_checkpoint_unconditional)
+
+    @classmethod
     def execute(
         cls,
         checkpoint,

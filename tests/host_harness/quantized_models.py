@@ -30,16 +30,16 @@ PACKING_ERROR = {
 
 
 def write(folder: pathlib.Path, kind: str, branch: str = "conditional", seed: int = 0) -> pathlib.Path:
-    """A file of the small model in a kind of quantization, its block linears quantized."""
+    """A file of the small model in a kind of quantization, its block linears quantized; one that exists is kept."""
+    path = folder / f"{kind}-{branch}-{seed}{'.safetensors' if kind.startswith('int8') else '.gguf'}"
+    if path.exists():  # a model may be loaded from it
+        return path
     floats = small.ideogram4(branch, seed)
-    path = folder / f"{kind}-{branch}-{seed}"
     if kind == "int8_smooth":
-        return small.save(path.with_suffix(".safetensors"), int8_smooth(floats))
+        return small.save(path, int8_smooth(floats))
     if kind.startswith("int8"):
-        return small.save(path.with_suffix(".safetensors"), small.int8_native(floats, convrot=kind == "int8_convrot"))
-    return small.write_gguf(
-        path.with_suffix(".gguf"), floats, linear=kind.upper(), rest="F32", modules=small.block_linears(floats)
-    )
+        return small.save(path, small.int8_native(floats, convrot=kind == "int8_convrot"))
+    return small.write_gguf(path, floats, linear=kind.upper(), rest="F32", modules=small.block_linears(floats))
 
 
 def int8_smooth(floats: small.StateDict, **marker) -> small.StateDict:

@@ -123,9 +123,16 @@ class ComfyServer:
         command += ["--base-directory", str(self.base_directory)]
         command += ["--database-url", f"sqlite:///{(self.base_directory / 'comfy.db').as_posix()}"]
         command += ["--disable-api-nodes", "--disable-auto-launch", *self._arguments]
+        # On the CPU, small models are fastest on one thread, and far faster where other programs want the cores too.
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if "--cpu" in self._arguments else {})
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.path, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                cwd=self.path,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         try:
             self._wait_until_ready()

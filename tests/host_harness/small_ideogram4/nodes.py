@@ -1,7 +1,11 @@
 """Nodes for tests: conditioning without a text encoder, and a latent as a file that a test can read."""
 
+import itertools
 import os
+from typing import ClassVar
 
+import comfy.model_management
+import comfy.patcher_extension
 import comfy.utils
 import folder_paths
 import torch
@@ -63,6 +67,55 @@ class TestSaveLatent(io.ComfyNode):
         return io.NodeOutput(ui={"latents": [{"filename": name, "subfolder": "", "type": "output"}]})
 
 
+class TestFailOnce(io.ComfyNode):
+    """A model whose call number `call` fails, the first time that it is made in this process with this `name`."""
+
+    failed: ClassVar[set[str]] = set()
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LowbitTest_FailOnce",
+            display_name="Test Fail Once",
+            category="testing/lowbit",
+            description="Runs out of memory in one call of the model, or is interrupted there; afterwards it is "
+            "harmless.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to fail."),
+                io.Combo.Input("fault", options=["out_of_memory", "interrupt"], tooltip="What happens."),
+                io.Int.Input("call", default=1, min=0, max=4096, tooltip="In which call of the model, from 0."),
+                io.String.Input("name", default="", tooltip="Another name fails once more."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, fault, call, name) -> io.NodeOutput:
+        model = model.clone()
+        calls = itertools.count()
+
+        def fails(_module, _inputs, _output):
+            if next(calls) != call or name in cls.failed:
+                return
+            cls.failed.add(name)
+            if fault == "interrupt":  # the next layer notices
+                comfy.model_management.interrupt_current_processing()
+            else:
+                raise torch.OutOfMemoryError("LowbitTest_FailOnce: no memory is left")
+
+        # In the middle of the call: one layer has run, others have not.
+        def hooked(executor, *args, **kwargs):
+            layer = executor.class_obj.layers[0].attention.qkv
+            handle = layer.register_forward_hook(fails)
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                handle.remove()
+
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "lowbit_test", hooked)
+        return io.NodeOutput(model)
+
+
 class SmallModelsExtension(ComfyExtension):
     async def get_node_list(self):
-        return [TestConditioning, TestSaveLatent]
+        return [TestConditioning, TestSaveLatent, TestFailOnce]
