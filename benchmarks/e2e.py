@@ -3,7 +3,8 @@
 
     python benchmarks/e2e.py                                            the default variants at 1024
     python benchmarks/e2e.py --size 1024,2048 --variants stock_bf16,lowbit_int8,lowbit_int8_lora
-    python benchmarks/e2e.py --free-vram-gb 24 --variants lowbit_q4_k --alternate 4
+    python benchmarks/e2e.py --free-vram-gb all,24,12 --variants stock_int8,lowbit_int8,lowbit_q4_k --alternate 4
+    python benchmarks/e2e.py --variants lowbit_int8,lowbit_int8_two_gpus
     python benchmarks/e2e.py --profile stock_int8,lowbit_int8
 
 Random weights, both branches, the stock sampler through the stock guider of two models. Rows are added to OUT/e2e.csv,
@@ -30,11 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         host = e2e_host.start(options.workdir.resolve(), cpu=options.tiny)
         print(", ".join(f"{key} {value}" for key, value in host.describe().items()), flush=True)
-        if options.free_vram_gb is not None:
-            host.take_ballast(options.free_vram_gb)
-            print(
-                f"{host.ballast_bytes / e2e_host.GB:.1f} GB taken, {host.free_at_start / e2e_host.GB:.2f} GB are free"
-            )
+        for free_vram_gb in options.free_vram_gb:  # what cannot be left free is said before anything takes time
+            host.leave_free(free_vram_gb)
     except e2e_host.CannotRunError as error:
         print(error, file=sys.stderr)
         return 2
@@ -55,7 +53,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--variants", type=names, default=e2e_variants.DEFAULT, metavar="NAME,...", help=e2e_variants.NAMES)
     add("--size", type=sizes, metavar="PIXELS,...", help=f"of the square image ({SIZE})")
     add("--steps", type=at_least(2), default=4, metavar="N", help="of which the first is counted by itself (4)")
-    add("--free-vram-gb", type=float, metavar="GB", help="take device memory until only so much is free")
+    add(
+        "--free-vram-gb",
+        type=amounts,
+        default=(None,),
+        metavar="GB,...",
+        help="take device memory until only so much is free; several amounts, and `all`, are measured in turn",
+    )
     add("--cold", action="store_true", help="drop each file from the page cache before it is loaded")
     add(
         "--profile",
@@ -83,7 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.variants = e2e_variants.in_order(options.variants)
     if unknown := set(options.profile) - {variant.name for variant in options.variants}:
         parser.error(f"--profile: {', '.join(sorted(unknown))} not among --variants")
-    if options.tiny and options.free_vram_gb is not None:
+    if options.tiny and options.free_vram_gb != (None,):
         parser.error("--free-vram-gb needs a CUDA device, --tiny runs on the CPU")
     return options
 
@@ -102,6 +106,10 @@ def sizes(text: str) -> tuple[int, ...]:
     if any(number < SMALL_SIZE or number % SIZE_STEP for number in numbers):
         raise argparse.ArgumentTypeError(f"sizes are multiples of {SIZE_STEP} from {SMALL_SIZE} on, found {text}")
     return numbers
+
+
+def amounts(text: str) -> tuple[float | None, ...]:
+    return tuple(None if amount == "all" else float(amount) for amount in text.split(","))
 
 
 def at_least(smallest: int):

@@ -102,7 +102,7 @@ def _start_dynamic_vram(cli) -> bool:
 class Host:
     """The running ComfyUI. `device` runs the models; `free_at_start`: its free bytes before any model, None on a CPU.
 
-    ballast_bytes: device memory that `take_ballast` holds for as long as the process lives.
+    ballast_bytes: device memory that `leave_free` holds.
     """
 
     def __init__(self, dynamic_vram: bool):
@@ -113,7 +113,7 @@ class Host:
         self._management = importlib.import_module("comfy.model_management")
         self.device = self._management.get_torch_device()
         self.cuda = self.device.type == "cuda"
-        self.ballast_bytes = 0
+        self.ballast_bytes, self._ballast = 0, None
         if self.cuda:  # the context and the library of products have their memory before any is counted
             torch.zeros(8, 8, device=self.device) @ torch.zeros(8, 8, device=self.device)
             torch.cuda.synchronize()
@@ -136,22 +136,24 @@ class Host:
 
         return torch.cuda.mem_get_info(self.device)[0] if self.cuda else None
 
-    def take_ballast(self, free_gb: float) -> None:
-        """Hold so much device memory that `free_gb` (of 2^30 bytes) stay free, as on a smaller card.
+    def leave_free(self, free_gb: float | None) -> None:
+        """Hold so much device memory that `free_gb` (of 2^30 bytes) stay free, as on a smaller card; None: hold none.
 
-        Raises CannotRunError where less is free already.
+        Called while no model is loaded. Raises CannotRunError where less is free without that.
         """
         import torch
 
-        size = int(self.free_bytes() - free_gb * GB) // BALLAST_STEP * BALLAST_STEP
-        if size <= 0:
-            raise CannotRunError(
-                f"--free-vram-gb {free_gb:g}: the device has only {self.free_bytes() / GB:.1f} GB free to begin with"
-            )
-        self._ballast = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self._ballast[::BALLAST_STEP] = 1  # memory that nobody touches may not be there at all
-        torch.cuda.synchronize()
-        self.ballast_bytes = torch.cuda.memory_allocated()
+        self._ballast, self.ballast_bytes = None, 0
+        self.cleanup()
+        if free_gb is not None:
+            size = int(self.free_bytes() - free_gb * GB) // BALLAST_STEP * BALLAST_STEP
+            if size <= 0:
+                found = f"the device has only {self.free_bytes() / GB:.1f} GB free to begin with"
+                raise CannotRunError(f"--free-vram-gb {free_gb:g}: {found}")
+            self._ballast = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self._ballast[::BALLAST_STEP] = 1  # memory that nobody touches may not be there at all
+            torch.cuda.synchronize()
+            self.ballast_bytes = torch.cuda.memory_allocated()
         self.free_at_start = self.free_bytes()
 
     def synchronize(self) -> None:

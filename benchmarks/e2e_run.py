@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import os
@@ -57,22 +58,24 @@ class Run:
             print(f"errors refer to {REFERENCE} of an earlier run on this machine")
         try:
             for variant in self.options.variants:
-                for size in self.options.size:
-                    self._stage(variant, size)
+                for free_vram_gb in self.options.free_vram_gb:
+                    self.host.leave_free(free_vram_gb)
+                    for size in self.options.size:
+                        self._stage(variant, size, free_vram_gb)
         finally:
             self.files.remove()
             self._save()
             self._report()
         return 1 if self.failed else 0
 
-    def _stage(self, variant: Variant, size: int) -> None:
-        name = f"{variant.name} at {size}"
+    def _stage(self, variant: Variant, size: int, free_vram_gb: float | None) -> None:
+        name = f"{variant.name} at {size}{with_free(free_vram_gb)}"
         if not self._fits(name, self._expected_s(size)):
             return
         print(f"\n{name}", flush=True)
         start = time.perf_counter()
         try:
-            self._measure(variant, size)
+            self._measure(variant, size, free_vram_gb)
         except Exception as error:  # the other variants are worth their time all the same
             traceback.print_exc()
             self.failed[name] = f"{type(error).__name__}: {error}"
@@ -80,14 +83,16 @@ class Run:
         self.host.cleanup()
         self._seconds[variant.name, size] = time.perf_counter() - start
 
-    def _measure(self, variant: Variant, size: int) -> None:
+    def _measure(self, variant: Variant, size: int, free_vram_gb: float | None) -> None:
         options, start = self.options, time.perf_counter()
         files = self.files.prepare(variant.file)
         loras = self.files.lora_names(variant.loras)
+        row = {"variant": variant.name, "size": size, "free_vram_gb": free_vram_gb}
+        row["files_s"] = time.perf_counter() - start
         if options.cold:
             e2e_files.drop_from_page_cache(files)
-        row = {"variant": variant.name, "size": size, "free_vram_gb": options.free_vram_gb}
-        row["files_s"] = time.perf_counter() - start
+            row["read_and_copy_s"] = e2e_measure.read_and_copy(files, self.host)
+            e2e_files.drop_from_page_cache(files)
         tokens = SMALL_TEXT_TOKENS if options.tiny else TEXT_TOKENS
         sampler = e2e_measure.Sampler(self.host, size, options.steps, tokens, self.model.size.llm)
         with variant.computing():
@@ -162,13 +167,15 @@ class Run:
         os.replace(new, self.json)
 
     def _report(self) -> None:
-        for size in self.options.size:
-            rows = [row for row in self.rows if row["size"] == size]
+        for free_vram_gb, size in itertools.product(self.options.free_vram_gb, self.options.size):
+            rows = [row for row in self.rows if (row["size"], row["free_vram_gb"]) == (size, free_vram_gb)]
             if not rows:
                 continue
-            print(f"\n{size}x{size}, GB and seconds; /bf16 and the like: how many times faster a step is\n")
+            title = f"{size}x{size}{with_free(free_vram_gb)}, GB and seconds"
+            print(f"\n{title}; /bf16 and the like: how many times faster a step is\n")
             print(e2e_table.table(rows))
-            asked = list(e2e_table.demands(rows, size, self.options.free_vram_gb))
+            unlimited = [row for row in self.rows if (row["size"], row["free_vram_gb"]) == (size, None)]
+            asked = list(e2e_table.demands(rows, size, free_vram_gb, unlimited))
             if asked and not (self.options.tiny or self.options.layers):
                 print(f"\n{e2e_table.verdicts(asked)}")
         if self.rows:
@@ -185,6 +192,10 @@ class Run:
             print(f"\ndrawn: {picture}")
         except (ImportError, ValueError) as error:
             print(f"\nnot drawn: {picture}: {error}")
+
+
+def with_free(free_vram_gb: float | None) -> str:
+    return "" if free_vram_gb is None else f" with {free_vram_gb:g} GB free"
 
 
 def environment(host: Host) -> dict[str, str]:

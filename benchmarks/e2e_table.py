@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import results
-from .e2e_variants import PLAIN_TORCH, REFERENCE, without_loras
+from .e2e_variants import PLAIN_TORCH, REFERENCE, TWO_GPUS, without_loras
 
 COLUMNS = (
     *(*results.ENVIRONMENT, "comfyui", "variant", "size", "free_vram_gb"),
@@ -108,11 +108,21 @@ ERRORS = (  # a variant's error, as a multiple of a peer's
     ("lowbit_q4_k", "lowbit_q4_k_exact", 1.15),
 )
 LORA_COSTS = (("_lora", 0.08), ("_lora2", 0.14))
-SMALL_CARD_GB, SMALL_CARD_PEAK_GB = 24, 14.0
+CARD_GB, CARD_PEAK_GB = 24, 14.0
+SMALL_CARD_GB, Q4_K_ON_SMALL_CARD, INT8_ON_SMALL_CARD = 12, 0.95, 1.2
+SLOWEST_LOAD = 1.3  # from a cold file to the end of the first step, without a later step's time; of reading and copying
 
 
-def demands(rows: Sequence[dict[str, Any]], size: int, free_vram_gb: float | None) -> Iterator[Demand]:
-    """What a run of one size is to reach; without rows for it there is one demand less or one without a verdict."""
+def demands(
+    rows: Sequence[dict[str, Any]],
+    size: int,
+    free_vram_gb: float | None,
+    unlimited: Sequence[dict[str, Any]] = (),
+) -> Iterator[Demand]:
+    """What a run of one size is to reach; without rows for it there is one demand less or one without a verdict.
+
+    unlimited: the same run's rows of that size with all of the device's memory.
+    """
     measured = Measured(rows)
     if size == SIZE_OF_FLOORS and free_vram_gb is None:
         for variant, peer, floor in FLOORS:
@@ -122,19 +132,33 @@ def demands(rows: Sequence[dict[str, Any]], size: int, free_vram_gb: float | Non
         for suffix, most in LORA_COSTS:
             for variant in measured.with_loras(suffix) or [f"lowbit_...{suffix}"]:
                 yield Demand(f"cost of {variant}, of a step", measured.lora_cost(variant), most, at_most=True)
-    if size == SIZE_OF_FLOORS and free_vram_gb == SMALL_CARD_GB:
+    if size == SIZE_OF_FLOORS and free_vram_gb == CARD_GB:
         peak = measured.number("peak_vram_gb", "lowbit_q4_k")
-        yield Demand("peak VRAM of lowbit_q4_k in GB", peak, SMALL_CARD_PEAK_GB, at_most=True)
+        yield Demand("peak VRAM of lowbit_q4_k in GB", peak, CARD_PEAK_GB, at_most=True)
+    if size == SIZE_OF_FLOORS and free_vram_gb == SMALL_CARD_GB:
+        step, full_step = measured.number("step_s", "lowbit_q4_k"), Measured(unlimited).number("step_s", "lowbit_q4_k")
+        speed = None if step is None or full_step is None else full_step / step
+        yield Demand("speed of lowbit_q4_k / with all memory", speed, Q4_K_ON_SMALL_CARD)
+        yield Demand(
+            "speed of lowbit_int8 / stock_int8", measured.speedup("lowbit_int8", "stock_int8"), INT8_ON_SMALL_CARD
+        )
+    for row in rows:
+        if row["variant"].startswith("lowbit") and row.get("read_and_copy_s"):
+            loading = row["load_s"] + row["first_step_s"] - row["step_s"]
+            text = f"cold file to first step of {row['variant']} / reading and copying"
+            yield Demand(text, loading / row["read_and_copy_s"], SLOWEST_LOAD, at_most=True)
 
 
 # What is printed
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of one size: numbers, how many times faster than the peers a step is, what LoRAs cost."""
+    """The rows of one size: numbers, how many times faster than the peers a step is, what LoRAs cost and a second GPU
+    brings."""
     measured = Measured(rows)
     width = max(len(row["variant"]) for row in rows)
-    headings = [heading for heading, _, _ in PRINTED] + [f"/{peer.removeprefix('stock_')}" for peer in PEERS] + ["lora"]
+    headings = [heading for heading, _, _ in PRINTED] + [f"/{peer.removeprefix('stock_')}" for peer in PEERS]
+    headings += ["lora", "2gpus"]
     widths = [max(8, len(heading)) for heading in headings]
     lines = [f"{'variant':{width}}  " + "  ".join(f"{h:>{w}}" for h, w in zip(headings, widths, strict=True))]
     for row in rows:
@@ -143,6 +167,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells += [shown(measured.speedup(name, peer), 3) for peer in PEERS]
         cost = measured.lora_cost(name) if without_loras(name) != name else None
         cells.append("-" if cost is None else f"{cost:+.1%}")
+        on_one_gpu = name.removesuffix(TWO_GPUS)
+        cells.append(shown(measured.speedup(name, on_one_gpu), 3) if name != on_one_gpu else "-")
         lines.append(f"{name:{width}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
     return "\n".join(lines)
 

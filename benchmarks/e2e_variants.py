@@ -4,6 +4,7 @@ stock_bf16, stock_fp8, ...           ComfyUI's own loader
 lowbit_q4_k, lowbit_q4_k_exact       Lowbit's, in mode `auto` or the one that the suffix names
 torch_gguf_q4_k                      Lowbit's, exact, unpacking by plain torch: what a GGUF path without kernels costs
 lowbit_q4_k_lora, ..._lora2          with one or two LoRAs of rank 32 on all linear layers of the blocks
+lowbit_q4_k_two_gpus                 the unconditional model on a second GPU, by ComfyUI's node Select Model Device
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ STOCK_FILES = {
 PLAIN_TORCH = "torch_gguf_q4_k"
 MODES = ("exact", "int8")
 LORAS = {"_lora": 1, "_lora2": 2}
+TWO_GPUS = "_two_gpus"
 DEFAULT = (
     *("stock_bf16", "stock_fp8_unpacked", "stock_int8"),
     *("lowbit_int8", "lowbit_q4_k", "lowbit_q4_k_exact", "lowbit_q8_0"),
 )
 NAMES = (
     f"{', '.join((*STOCK_FILES, *LOWBIT_FILES, PLAIN_TORCH))}; lowbit ones also with _exact or _int8; "
-    "each also with _lora or _lora2"
+    "each also with _lora or _lora2, and with _two_gpus"
 )
 
 
@@ -39,7 +41,8 @@ NAMES = (
 class Variant:
     """file: a kind of `e2e_files.FILES`. mode: None for ComfyUI's own loader, else Lowbit's compute mode.
 
-    plain_torch: whether Lowbit's ops are computed by their definitions in plain torch.
+    plain_torch: whether Lowbit's ops are computed by their definitions in plain torch. two_gpus: whether the
+    unconditional model is on a second GPU.
     """
 
     name: str
@@ -47,11 +50,12 @@ class Variant:
     mode: str | None = None
     loras: int = 0
     plain_torch: bool = False
+    two_gpus: bool = False
 
     @property
     def base(self) -> str:
-        """The name of the same variant without LoRA."""
-        return without_loras(self.name)
+        """The name of the same variant without LoRA, on one GPU."""
+        return without_loras(self.name.removesuffix(TWO_GPUS))
 
     def computing(self) -> contextlib.AbstractContextManager:
         """In force while the variant runs."""
@@ -79,7 +83,16 @@ class Variant:
 
             node = nodes.LoraLoaderModelOnly()
             models = tuple(node.load_lora_model_only(model, lora, 1.0)[0] for model in models)
-        return models
+        return (models[0], _on_second_gpu(models[1])) if self.two_gpus else models
+
+
+def _on_second_gpu(model):
+    from comfy_extras.nodes_multigpu import SelectModelDeviceNode
+
+    moved = SelectModelDeviceNode.execute(model, "gpu:1").result[0]
+    if moved.load_device == model.load_device:  # the node only logs that it cannot
+        raise RuntimeError("the unconditional model stayed on the first GPU: this needs a second one")
+    return moved
 
 
 def without_loras(name: str) -> str:
@@ -89,24 +102,25 @@ def without_loras(name: str) -> str:
 
 def variant(name: str) -> Variant:
     """The variant of a name. Raises ValueError for a name that means none."""
-    base = without_loras(name)
-    loras = LORAS.get(name.removeprefix(base), 0)
+    on_one_gpu = name.removesuffix(TWO_GPUS)
+    base = without_loras(on_one_gpu)
+    options = {"loras": LORAS.get(on_one_gpu.removeprefix(base), 0), "two_gpus": name != on_one_gpu}
     if base in STOCK_FILES:
-        return Variant(name, STOCK_FILES[base], loras=loras)
+        return Variant(name, STOCK_FILES[base], **options)
     if base == PLAIN_TORCH:
-        return Variant(name, "q4_k", "exact", loras, plain_torch=True)
+        return Variant(name, "q4_k", "exact", plain_torch=True, **options)
     if base in LOWBIT_FILES:
-        return Variant(name, LOWBIT_FILES[base], "auto", loras)
+        return Variant(name, LOWBIT_FILES[base], "auto", **options)
     stem, _, mode = base.rpartition("_")
     if stem in LOWBIT_FILES and mode in MODES:
-        return Variant(name, LOWBIT_FILES[stem], mode, loras)
+        return Variant(name, LOWBIT_FILES[stem], mode, **options)
     raise ValueError(f"no variant {name!r}; there are {NAMES}")
 
 
 def in_order(names: Sequence[str]) -> list[Variant]:
     """The variants of these names, each once: those of bf16 first, as errors refer to them; those that read the same
-    file after one another, so that it is written once; a variant with LoRAs after the one without."""
+    file after one another, so that it is written once; one with LoRAs or two GPUs after the one without."""
     variants = [variant(name) for name in dict.fromkeys(names)]
     files = list(dict.fromkeys(["bf16", *(v.file for v in variants)]))
     bases = list(dict.fromkeys(v.base for v in variants))
-    return sorted(variants, key=lambda v: (files.index(v.file), bases.index(v.base), v.loras))
+    return sorted(variants, key=lambda v: (files.index(v.file), bases.index(v.base), v.two_gpus, v.loras))

@@ -113,12 +113,14 @@ def test_without_a_gpu_the_full_model_is_refused(tmp_path):
         ("lowbit_int8_int8", "int8", "int8", 0, False),
         ("lowbit_q4_k_exact_lora2", "q4_k", "exact", 2, False),
         ("torch_gguf_q4_k", "q4_k", "exact", 0, True),
+        ("lowbit_q4_k_lora_two_gpus", "q4_k", "auto", 1, False),
+        ("stock_int8_two_gpus", "int8", None, 0, False),
     ],
 )
 def test_a_name_says_what_is_measured(name, file, mode, loras, plain_torch):
     variant = e2e_variants.variant(name)
     assert (variant.name, variant.file, variant.mode, variant.loras) == (name, file, mode, loras)
-    assert variant.plain_torch is plain_torch
+    assert variant.plain_torch is plain_torch and variant.two_gpus is name.endswith("_two_gpus")
 
 
 @pytest.mark.parametrize("name", ["stock_bf17", "stock_int8_exact", "lowbit_q8_0_fast", "lowbit_q5_k", "_lora", ""])
@@ -136,11 +138,13 @@ def test_variants_of_one_file_follow_each_other_and_loras_their_base():
 def test_arguments_are_checked(capsys):
     assert e2e.parse(["--tiny"]).size == (256,) and e2e.parse([]).size == (1024,)
     assert e2e.parse(["--size", "1024,2048"]).size == (1024, 2048)
+    assert e2e.parse([]).free_vram_gb == (None,)
+    assert e2e.parse(["--free-vram-gb", "all,24,7.5"]).free_vram_gb == (None, 24.0, 7.5)
     for arguments, text in (
         (["--profile", "stock_fp8"], "stock_fp8 not among --variants"),
         (["--size", "1000"], "multiples of 16"),
         (["--steps", "1"], "at least 2, found 1"),
-        (["--tiny", "--free-vram-gb", "24"], "needs a CUDA device"),
+        (["--tiny", "--free-vram-gb", "all,24"], "needs a CUDA device"),
     ):
         with pytest.raises(SystemExit):
             e2e.parse(arguments)
@@ -195,18 +199,41 @@ def test_a_smaller_card_has_a_demand_of_its_own():
     text = "peak VRAM of lowbit_q4_k in GB"
     assert verdicts(row("lowbit_q4_k", 0.2, peak=13.9), free_vram_gb=24) == {text: "PASS"}
     assert verdicts(row("lowbit_q4_k", 0.2, peak=14.1), free_vram_gb=24) == {text: "short"}
-    assert verdicts(row("lowbit_q4_k", 0.2), free_vram_gb=12) == {}
+    assert verdicts(row("lowbit_q4_k", 0.2), free_vram_gb=16) == {}
     assert list(e2e_table.demands([row("lowbit_int8", 0.2)], 2048, None)) == []
+
+
+def test_on_12_gb_speeds_are_compared_with_all_memory_and_with_the_stock_loader():
+    full = [row("lowbit_q4_k", 0.25), row("lowbit_int8", 0.2)]
+
+    def small(q4_k: float, int8: float) -> dict[str, str]:
+        rows = [row("lowbit_q4_k", q4_k), row("lowbit_int8", int8), row("stock_int8", 1.2)]
+        return {demand.text: demand.verdict for demand in e2e_table.demands(rows, 1024, 12, full)}
+
+    q4_k, int8 = "speed of lowbit_q4_k / with all memory", "speed of lowbit_int8 / stock_int8"
+    assert small(0.26, 0.99) == {q4_k: "PASS", int8: "PASS"}
+    assert small(0.27, 1.01) == {q4_k: "short", int8: "short"}
+    assert verdicts(row("lowbit_q4_k", 0.2), free_vram_gb=12) == {q4_k: "no rows", int8: "no rows"}
+
+
+def test_loading_a_cold_file_is_compared_with_reading_and_copying_it():
+    text = "cold file to first step of lowbit_int8 / reading and copying"
+    cold = row("lowbit_int8", 0.2) | {"load_s": 1.0, "first_step_s": 5.2}
+    assert verdicts(cold | {"read_and_copy_s": 4.7})[text] == "PASS"
+    assert verdicts(cold | {"read_and_copy_s": 4.5})[text] == "short"
+    assert text not in verdicts(cold)
 
 
 def test_the_table_shows_ratios_within_the_run():
     rows = [row("stock_bf16", 0.4), row("lowbit_int8", 0.2, error=None), row("lowbit_int8_lora", 0.22, peak=None)]
+    rows.append(row("lowbit_int8_two_gpus", 0.12))
     heading, *lines = [line.split() for line in e2e_table.table(rows).splitlines()]
-    assert heading[-4:] == ["/bf16", "/fp8_unpacked", "/int8", "lora"]
-    assert [line[-4:] for line in lines] == [
-        ["1.000", "-", "-", "-"],
-        ["2.000", "-", "-", "-"],
-        ["1.818", "-", "-", "+10.0%"],
+    assert heading[-5:] == ["/bf16", "/fp8_unpacked", "/int8", "lora", "2gpus"]
+    assert [line[-5:] for line in lines] == [
+        ["1.000", "-", "-", "-", "-"],
+        ["2.000", "-", "-", "-", "-"],
+        ["1.818", "-", "-", "+10.0%", "-"],
+        ["3.333", "-", "-", "-", "1.667"],
     ]
     demands = list(e2e_table.demands(rows, 1024, None))
     assert "speed of lowbit_q4_k / stock_bf16" in e2e_table.verdicts(demands)
@@ -315,7 +342,7 @@ def test_a_variant_that_fails_is_recorded_and_the_run_goes_on(comfy_host, tmp_pa
     clock = [0.0]
     monkeypatch.setattr(e2e_run, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
-    def measure(self, variant, size):
+    def measure(self, variant, size, free_vram_gb):
         clock[0] += 40.0
         if variant.name == "stock_fp8":
             raise RuntimeError("out of luck")
