@@ -127,9 +127,8 @@ def _move_loras(module: torch.nn.Module, like: torch.Tensor) -> None:
     """Have LoRA matrices moved now, which their first use does: compiled, that would be one more variant."""
     for part in module.modules():
         if isinstance(part, LowbitLinear):
-            for patches in (*part.model_patches, *part.hook_patches):
-                if not patches.device_bytes:
-                    patches.of(like.new_empty(0, part.in_features))
+            for side_path in (*part.model_patches, *part.hook_patches):
+                side_path.move(like.device, like.dtype)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
-"""LoRA as a low-rank side path next to a quantized weight: y = W_q x + s * B(A x).
+"""LoRA beside a quantized weight: y = W_q x + s * B(A x), the weight's bytes never change.
 
-The weight's bytes never change, so the effect is exact and taking the LoRA away leaves nothing behind. The host hands
-patches over as tuples (strength, value, strength_model, offset, function). What is no low-rank sum (LoHa, LoKr, DoRA, a
-full diff) is applied to the unpacked weight where it is used: packing such a small change again would round it away,
-because the weights lie on the grid of their format already.
+So the effect is exact and taking the LoRA away leaves nothing behind. The host hands patches over as tuples (strength,
+value, strength_model, offset, function). What a product of small matrices gives goes beside the weight: LoRA, LoHa of
+small ranks, whose product of two low-rank matrices is one of rank r * r, and LoKr, whose Kronecker product takes a few
+percent of the weight's operations. Anything else (DoRA, a full diff) is applied to the unpacked weight where it is
+used: packing such a small change again would round it away, because the weights lie on the grid of their format
+already.
 """
 
 from __future__ import annotations
@@ -12,69 +14,108 @@ import dataclasses
 
 import torch
 from comfy.weight_adapter import WeightAdapterBase
+from comfy.weight_adapter.loha import LoHaAdapter
+from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 
 SMALLEST_RANK = 16  # what tensor cores take
+# Of a LoHa. Its matrices, and what they cost, grow with the square of the file's rank: those of rank 256 hold 1.2 GB
+# for all linear layers of Ideogram 4's blocks, as a LoRA's of that rank.
+LARGEST_PRODUCT_RANK = 256
+
+Offset = tuple[int, int, int]  # dim, start and length of the rows or columns that a patch changes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRankTerm:
-    """factor * up[N', rank] @ down[rank, K'], added to the rows or columns that `offset` (dim, start, length) names."""
+    """factor * up[N', rank] @ down[rank, K'], added to the rows or columns that `offset` names."""
 
     up: torch.Tensor
     down: torch.Tensor
     factor: float
-    offset: tuple[int, int, int] | None
+    offset: Offset | None
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
 
-class LowRankSum:
-    """All low-rank terms of one weight [N, K] as a single one, which a product adds as it writes its result."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class KroneckerTerm:
+    """factor * kron(outer[a, b], inner[c, d]), added to the a * c rows and b * d columns that `offset` names."""
 
-    def __init__(self, terms: list[LowRankTerm], N: int, K: int):
-        self.terms, self.N, self.K = terms, N, K
-        self._cast: tuple[torch.Tensor, torch.Tensor] | None = None
+    outer: torch.Tensor
+    inner: torch.Tensor
+    factor: float
+    offset: Offset | None
 
-    def of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden[..., R] and up[N, R] in x's dtype: the sum of the terms for x [..., K] is hidden @ up.T."""
-        down, up = self._matrices(x.device, x.dtype)
+
+class SidePath:
+    """All small changes of one weight [N, K]: the low-rank ones as a single one, which a product adds as it writes its
+    result, Kronecker products after it."""
+
+    def __init__(self, terms: list[LowRankTerm | KroneckerTerm], N: int, K: int):
+        self.low_rank = [term for term in terms if isinstance(term, LowRankTerm)]
+        self.kronecker = [term for term in terms if isinstance(term, KroneckerTerm)]
+        self.N, self.K = N, K
+        self._matrices: tuple[torch.Tensor, ...] = ()
+
+    def hidden_and_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """hidden[..., R] and up[N, R] in x's dtype: the low-rank terms for x [..., K] are hidden @ up.T; None without.
+
+        R is the sum of the ranks, and zeros up to a power of two from 16 on, as the INT8 product takes it.
+        """
+        if not self.low_rank:
+            return None
+        down, up, *_ = self.move(x.device, x.dtype)
         return torch.nn.functional.linear(x, down), up
+
+    def add_kronecker(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the Kronecker terms for x [..., K] to y [..., N] in place."""
+        matrices = self.move(x.device, x.dtype)[2 if self.low_rank else 0 :] if self.kronecker else ()
+        for term, outer, inner in zip(self.kronecker, matrices[::2], matrices[1::2], strict=True):
+            rows, columns = _slices(term.offset)
+            groups = x[..., columns].reshape(-1, outer.shape[1], inner.shape[1])
+            product = torch.nn.functional.linear(torch.matmul(outer, groups), inner)
+            y[..., rows].add_(product.reshape(*x.shape[:-1], -1))
 
     @property
     def device_bytes(self) -> int:
         """Bytes of the matrices that the first use moved to a device."""
-        return 0 if self._cast is None else sum(tensor.nbytes for tensor in self._cast)
+        return sum(tensor.nbytes for tensor in self._matrices)
 
     def release(self) -> int:
         """Let the moved matrices go, until the next use; returns their bytes."""
-        freed, self._cast = self.device_bytes, None
+        freed, self._matrices = self.device_bytes, ()
         return freed
 
-    def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """down [R, K] and up [N, R], factors in it, on a device: put together at the first use, not at each.
+    def move(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """down [R, K] and up [N, R] if there are low-rank terms, then outer and inner of each Kronecker term, with their
+        factors and on a device: put together at the first use, not at each."""
+        if not self._matrices or self._matrices[0].device != device or self._matrices[0].dtype != dtype:
+            matrices = list(self._down_and_up(device, dtype)) if self.low_rank else []
+            for term in self.kronecker:
+                matrices.append((term.outer.to(device, torch.float32) * term.factor).to(dtype))
+                matrices.append(term.inner.to(device, dtype))
+            self._matrices = tuple(matrices)
+        return self._matrices
 
-        R is the sum of the ranks, and zeros up to a power of two from 16 on, as the INT8 product takes it.
-        """
-        if self._cast is None or self._cast[0].device != device or self._cast[0].dtype != dtype:
-            ranks = [term.rank for term in self.terms]
-            padded = max(SMALLEST_RANK, 1 << (sum(ranks) - 1).bit_length())
-            down = torch.zeros((padded, self.K), dtype=dtype, device=device)
-            up = torch.zeros((self.N, padded), dtype=dtype, device=device)
-            start = 0
-            for term, rank in zip(self.terms, ranks, strict=True):
-                features = slice(start, start + rank)
-                rows, columns = _slices(term.offset)
-                down[features, columns] = term.down.to(device, dtype)
-                up[rows, features] = (term.up.to(device, torch.float32) * term.factor).to(dtype)
-                start += rank
-            self._cast = down, up
-        return self._cast
+    def _down_and_up(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        ranks = [term.rank for term in self.low_rank]
+        padded = max(SMALLEST_RANK, 1 << (sum(ranks) - 1).bit_length())
+        down = torch.zeros((padded, self.K), dtype=dtype, device=device)
+        up = torch.zeros((self.N, padded), dtype=dtype, device=device)
+        start = 0
+        for term, rank in zip(self.low_rank, ranks, strict=True):
+            features = slice(start, start + rank)
+            rows, columns = _slices(term.offset)
+            down[features, columns] = term.down.to(device, dtype)
+            up[rows, features] = (term.up.to(device, torch.float32) * term.factor).to(dtype)
+            start += rank
+        return down, up
 
 
-def _slices(offset: tuple[int, int, int] | None) -> tuple[slice, slice]:
+def _slices(offset: Offset | None) -> tuple[slice, slice]:
     """The rows and the columns of the weight that a term changes."""
     if offset is None:
         return slice(None), slice(None)
@@ -83,10 +124,10 @@ def _slices(offset: tuple[int, int, int] | None) -> tuple[slice, slice]:
     return (part, slice(None)) if dim == 0 else (slice(None), part)
 
 
-def low_rank_sum(patches: list[tuple], N: int, K: int) -> LowRankSum | None:
-    """The host's patches of one weight [N, K] as a low-rank sum, or None when one of them is none."""
-    terms = [_low_rank_term(*patch) for patch in patches]
-    return None if any(term is None for term in terms) else LowRankSum(terms, N, K)
+def side_path(patches: list[tuple], N: int, K: int) -> SidePath | None:
+    """The host's patches of one weight [N, K] as a side path, or None when one of them cannot be part of it."""
+    terms = [_term(*patch, N, K) for patch in patches]
+    return None if any(term is None for term in terms) else SidePath(terms, N, K)
 
 
 def small_changes(patches: list[tuple]) -> bool:
@@ -97,11 +138,53 @@ def small_changes(patches: list[tuple]) -> bool:
     )
 
 
-def _low_rank_term(strength, value, strength_model, offset, function) -> LowRankTerm | None:
-    if not isinstance(value, LoRAAdapter) or strength_model != 1.0 or function is not None:
+def _term(strength, value, strength_model, offset, function, N: int, K: int) -> LowRankTerm | KroneckerTerm | None:
+    if strength_model != 1.0 or function is not None:
         return None
-    up, down, alpha, mid, dora_scale, reshape = value.weights
+    if isinstance(value, LoRAAdapter):
+        return _lora(value.weights, strength, offset)
+    if isinstance(value, LoHaAdapter):
+        return _loha(value.weights, strength, offset)
+    if isinstance(value, LoKrAdapter):
+        rows, columns = (len(range(size)[part]) for size, part in zip((N, K), _slices(offset), strict=True))
+        return _lokr(value.weights, strength, offset, rows, columns)
+    return None
+
+
+def _lora(weights: tuple, strength: float, offset: Offset | None) -> LowRankTerm | None:
+    up, down, alpha, mid, dora_scale, reshape = weights
     if mid is not None or dora_scale is not None or reshape is not None:
         return None
-    factor = strength * (1.0 if alpha is None else alpha / down.shape[0])
-    return LowRankTerm(up.flatten(start_dim=1), down.flatten(start_dim=1), float(factor), offset)
+    up, down = up.flatten(start_dim=1), down.flatten(start_dim=1)
+    return LowRankTerm(up, down, _factor(strength, alpha, down.shape[0]), offset)
+
+
+def _loha(weights: tuple, strength: float, offset: Offset | None) -> LowRankTerm | None:
+    """(A1 B1) * (A2 B2), element by element: one low-rank product, of all pairs of columns of A1, A2 and rows of B1,
+    B2."""
+    up1, down1, alpha, up2, down2, mid1, mid2, dora_scale = weights
+    rank = down1.shape[0]
+    if mid1 is not None or mid2 is not None or dora_scale is not None or rank * down2.shape[0] > LARGEST_PRODUCT_RANK:
+        return None
+    up = (up1.float()[:, :, None] * up2.float()[:, None, :]).flatten(start_dim=1)
+    down = (down1.float()[:, None, :] * down2.float()[None, :, :]).flatten(end_dim=1)
+    return LowRankTerm(up, down, _factor(strength, alpha, rank), offset)
+
+
+def _lokr(weights: tuple, strength: float, offset: Offset | None, rows: int, columns: int) -> KroneckerTerm | None:
+    outer, inner, alpha, outer_up, outer_down, inner_up, inner_down, mid, dora_scale = weights
+    if mid is not None or dora_scale is not None:
+        return None
+    rank = None
+    if outer is None:
+        outer, rank = outer_up.float() @ outer_down.float(), outer_down.shape[0]
+    if inner is None:
+        inner, rank = inner_up.float() @ inner_down.float(), inner_down.shape[0]
+    sizes = [matrix.shape for matrix in (outer, inner) if matrix.dim() == 2]
+    if len(sizes) < 2 or (sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]) != (rows, columns):
+        return None
+    return KroneckerTerm(outer, inner, _factor(strength, None if rank is None else alpha, rank), offset)
+
+
+def _factor(strength: float, alpha: float | None, rank: int | None) -> float:
+    return float(strength if alpha is None else strength * alpha / rank)

@@ -23,7 +23,7 @@ from ..kernels.int8_linear import int8_linear
 from ..kernels.unpack import unpack
 from ..kernels.unpack_to_int8 import find_row_scale
 from . import layouts
-from .lora import LowRankSum
+from .lora import SidePath
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def differentiated(x: torch.Tensor) -> bool:
 class LowbitLinear:
     """A linear layer whose weight may be quantized: mixed into the host's mixed-precision Linear.
 
-    model_patches, hook_patches: low-rank sums of LoRA nodes and of hooks, at most one each, applied as a side path.
+    model_patches, hook_patches: the side paths of LoRA nodes and of hooks, at most one each.
     """
 
     lowbit_settings: LoadSettings
@@ -144,8 +144,8 @@ class LowbitLinear:
                 self.bias = torch.nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         # What dynamic VRAM casts a float weight to when it moves it.
         self.weight_comfy_model_dtype = self.factory_kwargs["dtype"]
-        self.model_patches: list[LowRankSum] = []
-        self.hook_patches: list[LowRankSum] = []
+        self.model_patches: list[SidePath] = []
+        self.hook_patches: list[SidePath] = []
         self._row_scale: torch.Tensor | None = None
         self._smooth: torch.Tensor | None = None
         self.register_load_state_dict_post_hook(_keep_missing_keys)
@@ -207,14 +207,16 @@ class LowbitLinear:
         )
         has_codes = isinstance(input, QuantizedActivations)
         values = input.values if has_codes else input
-        terms = [patches.of(values) for patches in (*self.model_patches, *self.hook_patches)]
-        low_rank = terms.pop(0) if terms else None
+        side_paths = (*self.model_patches, *self.hook_patches)
+        low_rank, *others = [side_path.hidden_and_up(values) for side_path in side_paths] or [None]
         if has_codes:
             y = self._linear_of_codes(input, layouts.from_host(weight), bias, low_rank)
         else:
             y = self._linear(input, weight, bias, low_rank)
-        for term in terms:
+        for term in others:
             quantized_linear.add_low_rank(y, term)
+        for side_path in side_paths:
+            side_path.add_kronecker(y, values)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return y
 

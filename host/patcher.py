@@ -26,7 +26,7 @@ from comfy.patcher_extension import CallbacksMP
 from ..kernels import scratch
 from . import layouts
 from .files import FileState, check_not_written_to
-from .lora import LowRankSum, low_rank_sum, small_changes
+from .lora import SidePath, side_path, small_changes
 from .ops import LowbitLinear
 
 _FILES = "lowbit_files"
@@ -137,7 +137,7 @@ class _KeepsQuantized:
                 continue
             patches = None
             if key not in self.weight_wrapper_patches:
-                patches = low_rank_sum(self.patches[key], *module.weight.shape)
+                patches = side_path(self.patches[key], *module.weight.shape)
             if patches is not None:
                 module.model_patches = [patches]
             else:
@@ -177,15 +177,15 @@ class LowbitModelPatcherDynamic(_KeepsQuantized, ModelPatcherDynamic):
     # The host sees no LoRA matrices on the device: they are ours, beside its own memory.
 
     def loaded_size(self):
-        return super().loaded_size() + sum(patches.device_bytes for patches in self._low_rank())
+        return super().loaded_size() + sum(patches.device_bytes for patches in self._side_paths())
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = super().partially_unload(device_to, memory_to_free, force_patch_weights)
         if freed < memory_to_free:
-            freed += sum(patches.release() for patches in self._low_rank())
+            freed += sum(patches.release() for patches in self._side_paths())
         return freed
 
-    def _low_rank(self) -> list[LowRankSum]:
+    def _side_paths(self) -> list[SidePath]:
         return [patches for _, module in self._linears() for patches in module.model_patches]
 
 
@@ -207,11 +207,11 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
             module = self._quantized_linear(key)
             if module is None:
                 continue
-            low_rank = None
+            beside = None
             if key not in self.weight_wrapper_patches:
-                low_rank = low_rank_sum(patches, *module.weight.shape)
-            if low_rank is not None:
-                module.hook_patches = [low_rank]
+                beside = side_path(patches, *module.weight.shape)
+            if beside is not None:
+                module.hook_patches = [beside]
             else:
                 original = self.backup[key].weight if key in self.backup else module.weight
                 module.weight_function = [*module.weight_function, _HookPatch(key, patches, original)]

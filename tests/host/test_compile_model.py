@@ -159,7 +159,7 @@ def test_ordinary_guiders(comfy_host, pair, backend):
 # What is compiled
 
 
-@pytest.mark.parametrize("patch", [None, "lora", "loha", "bypass"])
+@pytest.mark.parametrize("patch", [None, "lora", "lokr", "dora", "bypass"])
 @pytest.mark.parametrize(
     "kind, mode", [("int8", "int8"), ("int8_smooth", "exact"), ("q4_k", "exact"), ("q4_k", "int8")]
 )
@@ -362,7 +362,7 @@ def test_dynamic_vram(comfy_host, tmp_path, kind, mode, backend):
     model = quantized.load(quantized.write(tmp_path, kind), mode)
     patched = compiled(model, backend)
     assert patched.is_dynamic()
-    file = quantized.lora() | quantized.lora("loha", modules=["layers.1.feed_forward.w2"]) | quantized.vectors()
+    file = quantized.lora() | quantized.lora("dora", modules=["layers.1.feed_forward.w2"]) | quantized.vectors()
     for apply in (lambda m: m, lambda m: quantized.add_lora(comfy_host, m, file), lambda m: m):
         expected = quantized.output(comfy_host, apply(model))
         for _ in range(2):

@@ -47,7 +47,7 @@ def test_weights_stay_quantized_in_vram(comfy_host, pair):
     )
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha", "diff"])
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff"])
 def test_lora(comfy_host, pair, kind):
     model, twin = pair
     file = quantized.lora(kind, size=SIZE) | quantized.vectors()

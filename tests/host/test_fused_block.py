@@ -91,7 +91,7 @@ def test_layers_with_a_lora_read_codes_and_floats(comfy_host, fused, tmp_path, m
     assert torch.equal(quantized.output(comfy_host, model), before)
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha"])
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "dora"])
 def test_patched_layers_read_floats(comfy_host, fused, tmp_path, kind):
     """The effect of a LoRA on the fused model is the one on the host's blocks, and gone when it is removed."""
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")

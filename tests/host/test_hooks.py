@@ -48,7 +48,7 @@ def assert_same_effect(host, pair, make_groups, steps=2, bound=EFFECT):
     assert quantized.relative(effect, expected) < bound
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha", "diff"])
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff"])
 def test_one_hook(comfy_host, pair, kind):
     assert_same_effect(comfy_host, pair, lambda: [hook(comfy_host, quantized.lora(kind), 0.7)])
 
@@ -61,7 +61,7 @@ def test_different_hooks_on_two_conditionings_and_none_on_a_third(comfy_host, pa
         lambda: [
             hook(comfy_host, quantized.lora(seed=1)),
             None,
-            hook(comfy_host, quantized.lora("loha", seed=2) | quantized.vectors(), -0.5),
+            hook(comfy_host, quantized.lora("dora", seed=2) | quantized.vectors(), -0.5),
         ],
     )
 
@@ -87,7 +87,7 @@ def test_hook_over_a_lora(comfy_host, pair):
     """A hook on a model that a LoRA node has patched already, in both kinds."""
     model, twin = (quantized.add_lora(comfy_host, base, quantized.lora(seed=7)) for base in pair)
     assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora(seed=8), 0.6)])
-    model, twin = (quantized.add_lora(comfy_host, base, quantized.lora("loha", seed=7)) for base in pair)
+    model, twin = (quantized.add_lora(comfy_host, base, quantized.lora("dora", seed=7)) for base in pair)
     assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora("lokr", seed=8), 0.6)])
 
 

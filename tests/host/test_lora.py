@@ -36,9 +36,53 @@ def assert_same_effect(host, pair, apply, bound=EFFECT, smallest=0.01):
     quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "diff"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "loha_of_rank_17", "lokr", "lokr_of_factors", "diff"])
 def test_effect(comfy_host, pair, kind):
     assert_same_effect(comfy_host, pair, lambda model: quantized.add_lora(comfy_host, model, quantized.lora(kind), 0.7))
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside"),
+    [
+        *[(kind, True) for kind in ("lora", "loha", "lokr", "lokr_of_factors")],
+        *[(kind, False) for kind in ("loha_of_rank_17", "dora", "diff")],
+    ],
+)
+def test_what_goes_beside_the_weight(comfy_host, pair, kind, beside):
+    """And that the others are applied to the unpacked weight."""
+    model, _ = pair
+    patched = quantized.add_lora(comfy_host, model, quantized.lora(kind), 0.7)
+    comfy_host.comfy.model_management.load_models_gpu([patched])
+    for linear in quantized.quantized_linears(model).values():
+        assert bool(linear.model_patches) is beside
+        assert bool(linear.weight_function or linear.weight_lowvram_function) is not beside
+
+
+@pytest.mark.parametrize("offset", [None, (0, 64, 128), (1, 32, 96)], ids=["whole", "rows", "columns"])
+@pytest.mark.parametrize(
+    "kinds", [["loha"], ["lokr"], ["lokr_of_factors"], ["lokr", "lora", "loha", "lokr_of_factors"]]
+)
+def test_a_side_path_is_what_the_host_would_merge(comfy_host, kinds, offset):
+    from lowbit.host.lora import side_path
+
+    N, K = 256, 192
+    rows, columns = (N, K) if offset is None else (offset[2], K) if offset[0] == 0 else (N, offset[2])
+    adapters = comfy_host.module("comfy.lora").load_lora(
+        {k: v for i, kind in enumerate(kinds) for k, v in quantized.adapter(kind, f"l{i}", rows, columns).items()},
+        {f"diffusion_model.l{i}": f"l{i}" for i in range(len(kinds))},
+    )
+    patches = [(0.7 + i, adapters[f"l{i}"], 1.0, offset, None) for i in range(len(kinds))]
+    merged = comfy_host.comfy.lora.calculate_weight(list(patches), torch.zeros(N, K), "key")
+    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(0))
+    path, y = side_path(patches, N, K), torch.zeros(2, 5, N)
+    if any(kind in ("lora", "loha") for kind in kinds):
+        hidden, up = path.hidden_and_up(x)
+        y += hidden @ up.T
+    else:
+        assert path.hidden_and_up(x) is None
+    path.add_kronecker(y, x)
+    torch.testing.assert_close(y, x @ merged.T, rtol=1e-4, atol=1e-4)
+    assert path.device_bytes == path.release() > 0 == path.device_bytes
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
@@ -61,12 +105,13 @@ def test_effect_on_bias_and_norms(comfy_host, pair):
 
 
 def test_two_at_once(comfy_host, pair):
-    """A low-rank one and one that is not, on some of the same layers."""
+    """Low-rank ones, a Kronecker product and one that is neither, on some of the same layers."""
 
     def apply(model):
         model = quantized.add_lora(comfy_host, model, quantized.lora(seed=1), 0.5)
         model = quantized.add_lora(comfy_host, model, quantized.lora(seed=2), -0.8)
-        return quantized.add_lora(comfy_host, model, quantized.lora("loha", modules=["layers.1.feed_forward.w2"]), 0.3)
+        model = quantized.add_lora(comfy_host, model, quantized.lora("lokr", seed=3), 0.3)
+        return quantized.add_lora(comfy_host, model, quantized.lora("dora", modules=["layers.1.feed_forward.w2"]), 0.3)
 
     assert_same_effect(comfy_host, pair, apply)
 

@@ -57,7 +57,7 @@ def expected_effect(host, twin, apply):
 
 PATCHES = {
     "low_rank": lambda host: lambda model: quantized.add_lora(host, model, quantized.lora() | quantized.vectors(), 0.7),
-    "small_change": lambda host: lambda model: quantized.add_lora(host, model, quantized.lora("loha"), 0.7),
+    "small_change": lambda host: lambda model: quantized.add_lora(host, model, quantized.lora("dora"), 0.7),
 }
 
 
@@ -118,7 +118,7 @@ def test_another_patcher_takes_over_a_model_that_is_loaded_in_part(comfy_host, p
 
 def test_a_patched_model_that_is_unloaded_holds_no_patch(comfy_host, pair):
     model, _ = pair
-    for kind in ("lora", "loha"):
+    for kind in ("lora", "dora"):
         patched = quantized.add_lora(comfy_host, model, quantized.lora(kind))
         comfy_host.comfy.model_management.load_models_gpu([patched])
         linears = quantized.quantized_linears(model).values()
@@ -204,7 +204,7 @@ def dynamic(comfy_host, pair, monkeypatch):
 def test_dynamic_load_hands_patches_to_the_modules(comfy_host, pair, dynamic):
     """A side path, or a function on the unpacked weight: nothing that the host would merge into the resident weight."""
     model, _ = pair
-    for kind, side_path in (("lora", True), ("loha", False), ("diff", False)):
+    for kind, side_path in (("lora", True), ("loha", True), ("lokr", True), ("dora", False), ("diff", False)):
         patcher = dynamic(quantized.add_lora(comfy_host, model, quantized.lora(kind)))
         patcher.load(patcher.load_device)
         for linear in quantized.quantized_linears(model).values():
@@ -253,7 +253,7 @@ def test_dynamic_force_load_keeps_the_bytes(comfy_host, pair, dynamic):
     assert torch.equal(quantized.output(comfy_host, model), plain)
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha", None])
+@pytest.mark.parametrize("kind", ["lora", "diff", None])
 def test_a_weight_in_transfer(comfy_host, pair, dynamic, kind):
     """What the host's transfer gives for a weight in a gathered buffer: the side path leaves it quantized."""
     ops, memory = comfy_host.module("comfy.ops"), comfy_host.module("comfy.memory_management")
@@ -284,7 +284,7 @@ def test_a_weight_in_transfer(comfy_host, pair, dynamic, kind):
         module, module.weight.dtype, torch.device("cpu"), x.dtype, x.dtype, want_requant=True
     )
     del module._prefetch
-    assert quantized.is_quantized(weight) == (kind != "loha")
-    low_rank = [patches.of(x) for patches in module.model_patches]
+    assert quantized.is_quantized(weight) == (kind != "diff")
+    low_rank = [side_path.hidden_and_up(x) for side_path in module.model_patches]
     y = module._linear(x, weight, bias, *(low_rank or [None]))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

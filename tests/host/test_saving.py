@@ -68,7 +68,7 @@ def test_stock_loader_reads_our_int8(comfy_host, tmp_path, kind):
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["loaded", "offloaded"])
 @pytest.mark.parametrize("kind", quantized.KINDS)
-@pytest.mark.parametrize("patch", ["lora", "loha"])
+@pytest.mark.parametrize("patch", ["lora", "dora"])
 @pytest.mark.usefixtures("plain_patcher")
 def test_a_patched_model_is_saved_merged(comfy_host, tmp_path, kind, patch, offloaded):
     """Side paths and patches applied on the fly are in no stored byte: saving has to merge them."""

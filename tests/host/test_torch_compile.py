@@ -17,7 +17,7 @@ def model(request, comfy_host, tmp_path):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("patch", [None, "lora", "loha"])
+@pytest.mark.parametrize("patch", [None, "lora", "lokr", "dora"])
 def test_layers_are_one_graph(comfy_host, model, patch):
     """`fullgraph` makes a graph break an error; what is compiled are linear layers of one block."""
     patched = model if patch is None else quantized.add_lora(comfy_host, model, quantized.lora(patch))

@@ -154,13 +154,19 @@ def adapter(kind: str, name: str, n: int, k: int, size: float = 0.3, seed: int =
         if kind == "dora":
             tensors[f"{prefix}.dora_scale"] = 1.0 + 0.02 * noise("dora", n, 1)
         return tensors
-    if kind == "loha":
+    if kind.startswith("loha"):
+        rank = 17 if kind == "loha_of_rank_17" else rank
         leaves = {"hada_w1_a": (n, rank), "hada_w1_b": (rank, k), "hada_w2_a": (n, rank), "hada_w2_b": (rank, k)}
         tensors = {f"{prefix}.{leaf}": noise(leaf, *shape) for leaf, shape in leaves.items()}
         tensors[f"{prefix}.hada_w1_a"] *= scale / rank
         return tensors
     if kind == "lokr":
         return {f"{prefix}.lokr_w1": noise("w1", 8, 8) * scale, f"{prefix}.lokr_w2": noise("w2", n // 8, k // 8)}
+    if kind == "lokr_of_factors":
+        leaves = {"lokr_w1_a": (8, 2), "lokr_w1_b": (2, 8), "lokr_w2_a": (n // 8, rank), "lokr_w2_b": (rank, k // 8)}
+        tensors = {f"{prefix}.{leaf}": noise(leaf, *shape) for leaf, shape in leaves.items()}
+        tensors[f"{prefix}.lokr_w1_a"] *= scale
+        return tensors | {f"{prefix}.alpha": torch.tensor(2.0)}
     if kind == "diff":
         return {f"{prefix}.diff": noise("diff", n, k) * scale}
     raise ValueError(kind)
