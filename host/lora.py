@@ -90,8 +90,8 @@ class SidePath:
         return freed
 
     def move(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """down [R, K] and up [N, R] if there are low-rank terms, then outer and inner of each Kronecker term, with their
-        factors and on a device: put together at the first use, not at each."""
+        """down [R, K] and up [N, R] if there are low-rank terms, then outer and inner of each Kronecker term, factors
+        included, on a device: put together at the first use, not at each."""
         if not self._matrices or self._matrices[0].device != device or self._matrices[0].dtype != dtype:
             matrices = list(self._down_and_up(device, dtype)) if self.low_rank else []
             for term in self.kronecker:
