@@ -126,11 +126,23 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     if patcher is None:
         raise _unknown_model(branch)
     _check_complete(branch, settings)
+    _log(branch, patcher)
     patcher.cached_patcher_init = (load_model, (request,))
     fused_block.fuse_blocks(adopt(patcher, request.files))
     conditioning.keep_on_device(patcher)
     parallel_branches.run_in_parallel(patcher)
     return patcher
+
+
+def _log(branch: Branch, patcher: ModelPatcher) -> None:
+    memory = (
+        "dynamic VRAM is on: weights are read from the file where they are needed, and stay on the GPU as far as there "
+        "is room"
+        if patcher.is_dynamic()
+        else "dynamic VRAM is off: ComfyUI moves the model to its device before the first step, as a whole or in part"
+    )
+    size = f"{patcher.model_size() / 2**30:.2f} GB"
+    logger.info("Lowbit: %s (%s): %s of weights; %s.", os.path.basename(branch.path), branch.name, size, memory)
 
 
 class _QuantizingBar:

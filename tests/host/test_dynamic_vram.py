@@ -32,6 +32,12 @@ def resident_bytes(model) -> small.StateDict:
     }
 
 
+def test_the_log_says_so(comfy_host, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="lowbit"):
+        quantized.load(quantized.write(tmp_path, "q4_k"))
+    assert "q4_k-conditional-0.gguf (conditional): 0.0" in caplog.text and "dynamic VRAM is on: weights" in caplog.text
+
+
 def test_weights_stay_quantized_in_vram(comfy_host, pair):
     model, twin = pair
     assert model.is_dynamic() and type(model).__name__ == "LowbitModelPatcherDynamic"

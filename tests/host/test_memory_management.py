@@ -85,6 +85,12 @@ def test_every_order_of_loading_and_unloading(comfy_host, pair, patches):
         quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
 
 
+def test_the_log_says_how_weights_reach_the_device(comfy_host, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="lowbit"):
+        quantized.load(quantized.write(tmp_path, "q4_k"))
+    assert "q4_k-conditional-0.gguf (conditional): 0.0" in caplog.text and "dynamic VRAM is off" in caplog.text
+
+
 def test_the_limit_offloads_some_modules(comfy_host, pair):
     """The steps above would prove nothing if every module were resident, or none."""
     loaded = Loaded(comfy_host, pair[0].clone())
