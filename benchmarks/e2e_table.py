@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import results
-from .e2e_variants import PLAIN_TORCH, REFERENCE, TWO_GPUS, without_loras
+from .e2e_variants import PLAIN_TORCH, PROFILED, REFERENCE, without_extra, without_loras
 
 COLUMNS = (
     *(*results.ENVIRONMENT, "comfyui", "variant", "size", "free_vram_gb"),
@@ -107,6 +107,7 @@ ERRORS = (  # a variant's error, as a multiple of a peer's
     ("lowbit_int8", "stock_int8", 1.0),
     ("lowbit_q4_k", "lowbit_q4_k_exact", 1.15),
 )
+PROFILING_COST = 0.10
 LORA_COSTS = (("_lora", 0.08), ("_lora2", 0.14))
 CARD_GB, CARD_PEAK_GB = 24, 14.0
 SMALL_CARD_GB, Q4_K_ON_SMALL_CARD, INT8_ON_SMALL_CARD = 12, 0.95, 1.2
@@ -143,6 +144,10 @@ def demands(
             "speed of lowbit_int8 / stock_int8", measured.speedup("lowbit_int8", "stock_int8"), INT8_ON_SMALL_CARD
         )
     for row in rows:
+        if row["variant"].endswith(PROFILED):
+            ratio = measured.ratio("step_s", row["variant"], without_extra(row["variant"]))
+            cost = None if ratio is None else ratio - 1
+            yield Demand(f"cost of {row['variant']}, of a step", cost, PROFILING_COST, at_most=True)
         if row["variant"].startswith("lowbit") and row.get("read_and_copy_s"):
             loading = row["load_s"] + row["first_step_s"] - row["step_s"]
             text = f"cold file to first step of {row['variant']} / reading and copying"
@@ -153,12 +158,12 @@ def demands(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of one size: numbers, how many times faster than the peers a step is, what LoRAs cost and a second GPU
-    brings."""
+    """The rows of one size: numbers, how many times faster a step is than the peers', what LoRAs cost, and how many
+    times faster a step is than without the extra that the name ends in."""
     measured = Measured(rows)
     width = max(len(row["variant"]) for row in rows)
     headings = [heading for heading, _, _ in PRINTED] + [f"/{peer.removeprefix('stock_')}" for peer in PEERS]
-    headings += ["lora", "2gpus"]
+    headings += ["lora", "extra"]
     widths = [max(8, len(heading)) for heading in headings]
     lines = [f"{'variant':{width}}  " + "  ".join(f"{h:>{w}}" for h, w in zip(headings, widths, strict=True))]
     for row in rows:
@@ -167,8 +172,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells += [shown(measured.speedup(name, peer), 3) for peer in PEERS]
         cost = measured.lora_cost(name) if without_loras(name) != name else None
         cells.append("-" if cost is None else f"{cost:+.1%}")
-        on_one_gpu = name.removesuffix(TWO_GPUS)
-        cells.append(shown(measured.speedup(name, on_one_gpu), 3) if name != on_one_gpu else "-")
+        plain = without_extra(name)
+        cells.append(shown(measured.speedup(name, plain), 3) if name != plain else "-")
         lines.append(f"{name:{width}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ lowbit_q4_k, lowbit_q4_k_exact       Lowbit's, in mode `auto` or the one that th
 torch_gguf_q4_k                      Lowbit's, exact, unpacking by plain torch: what a GGUF path without kernels costs
 lowbit_q4_k_lora, ..._lora2          with one or two LoRAs of rank 32 on all linear layers of the blocks
 lowbit_q4_k_two_gpus                 the unconditional model on a second GPU, by ComfyUI's node Select Model Device
+stock_bf16_profiled                  while Profile Activations records what the linear layers read
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ STOCK_FILES = {
 PLAIN_TORCH = "torch_gguf_q4_k"
 MODES = ("exact", "int8")
 LORAS = {"_lora": 1, "_lora2": 2}
-TWO_GPUS = "_two_gpus"
+TWO_GPUS, PROFILED = "_two_gpus", "_profiled"
 DEFAULT = (
     *("stock_bf16", "stock_fp8_unpacked", "stock_int8"),
     *("lowbit_int8", "lowbit_q4_k", "lowbit_q4_k_exact", "lowbit_q8_0"),
 )
 NAMES = (
     f"{', '.join((*STOCK_FILES, *LOWBIT_FILES, PLAIN_TORCH))}; lowbit ones also with _exact or _int8; "
-    "each also with _lora or _lora2, and with _two_gpus"
+    "each also with _lora or _lora2, and with _two_gpus or _profiled"
 )
 
 
@@ -41,8 +42,8 @@ NAMES = (
 class Variant:
     """file: a kind of `e2e_files.FILES`. mode: None for ComfyUI's own loader, else Lowbit's compute mode.
 
-    plain_torch: whether Lowbit's ops are computed by their definitions in plain torch. two_gpus: whether the
-    unconditional model is on a second GPU.
+    plain_torch: whether Lowbit's ops are computed by their definitions in plain torch. extra: TWO_GPUS,
+    PROFILED or nothing.
     """
 
     name: str
@@ -50,12 +51,12 @@ class Variant:
     mode: str | None = None
     loras: int = 0
     plain_torch: bool = False
-    two_gpus: bool = False
+    extra: str = ""
 
     @property
     def base(self) -> str:
-        """The name of the same variant without LoRA, on one GPU."""
-        return without_loras(self.name.removesuffix(TWO_GPUS))
+        """The name of the same variant without LoRA and extra."""
+        return without_loras(without_extra(self.name))
 
     def computing(self) -> contextlib.AbstractContextManager:
         """In force while the variant runs."""
@@ -83,7 +84,13 @@ class Variant:
 
             node = nodes.LoraLoaderModelOnly()
             models = tuple(node.load_lora_model_only(model, lora, 1.0)[0] for model in models)
-        return (models[0], _on_second_gpu(models[1])) if self.two_gpus else models
+        if self.extra == TWO_GPUS:
+            return models[0], _on_second_gpu(models[1])
+        if self.extra == PROFILED:
+            from ..host.profile_activations import profile_models
+
+            return profile_models(*models)[:2]
+        return models
 
 
 def _on_second_gpu(model):
@@ -95,6 +102,10 @@ def _on_second_gpu(model):
     return moved
 
 
+def without_extra(name: str) -> str:
+    return name.removesuffix(TWO_GPUS).removesuffix(PROFILED)
+
+
 def without_loras(name: str) -> str:
     suffix = next((suffix for suffix in LORAS if name.endswith(suffix)), "")
     return name.removesuffix(suffix)
@@ -102,9 +113,9 @@ def without_loras(name: str) -> str:
 
 def variant(name: str) -> Variant:
     """The variant of a name. Raises ValueError for a name that means none."""
-    on_one_gpu = name.removesuffix(TWO_GPUS)
-    base = without_loras(on_one_gpu)
-    options = {"loras": LORAS.get(on_one_gpu.removeprefix(base), 0), "two_gpus": name != on_one_gpu}
+    plain = without_extra(name)
+    base = without_loras(plain)
+    options = {"loras": LORAS.get(plain.removeprefix(base), 0), "extra": name.removeprefix(plain)}
     if base in STOCK_FILES:
         return Variant(name, STOCK_FILES[base], **options)
     if base == PLAIN_TORCH:
@@ -119,8 +130,8 @@ def variant(name: str) -> Variant:
 
 def in_order(names: Sequence[str]) -> list[Variant]:
     """The variants of these names, each once: those of bf16 first, as errors refer to them; those that read the same
-    file after one another, so that it is written once; one with LoRAs or two GPUs after the one without."""
+    file after one another, so that it is written once; one with LoRAs or an extra after the one without."""
     variants = [variant(name) for name in dict.fromkeys(names)]
     files = list(dict.fromkeys(["bf16", *(v.file for v in variants)]))
     bases = list(dict.fromkeys(v.base for v in variants))
-    return sorted(variants, key=lambda v: (files.index(v.file), bases.index(v.base), v.two_gpus, v.loras))
+    return sorted(variants, key=lambda v: (files.index(v.file), bases.index(v.base), v.extra, v.loras))

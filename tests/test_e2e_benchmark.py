@@ -114,13 +114,15 @@ def test_without_a_gpu_the_full_model_is_refused(tmp_path):
         ("lowbit_q4_k_exact_lora2", "q4_k", "exact", 2, False),
         ("torch_gguf_q4_k", "q4_k", "exact", 0, True),
         ("lowbit_q4_k_lora_two_gpus", "q4_k", "auto", 1, False),
-        ("stock_int8_two_gpus", "int8", None, 0, False),
+        ("stock_int8_profiled", "int8", None, 0, False),
     ],
 )
 def test_a_name_says_what_is_measured(name, file, mode, loras, plain_torch):
     variant = e2e_variants.variant(name)
     assert (variant.name, variant.file, variant.mode, variant.loras) == (name, file, mode, loras)
-    assert variant.plain_torch is plain_torch and variant.two_gpus is name.endswith("_two_gpus")
+    assert variant.plain_torch is plain_torch
+    extras = [extra for extra in ("_two_gpus", "_profiled") if name.endswith(extra)]
+    assert [variant.extra] == (extras or [""])
 
 
 @pytest.mark.parametrize("name", ["stock_bf17", "stock_int8_exact", "lowbit_q8_0_fast", "lowbit_q5_k", "_lora", ""])
@@ -224,11 +226,19 @@ def test_loading_a_cold_file_is_compared_with_reading_and_copying_it():
     assert text not in verdicts(cold)
 
 
+def test_what_recording_costs_is_compared_with_the_same_variant():
+    rows = [row("stock_bf16", 0.3), row("stock_bf16_profiled", 0.32), row("lowbit_int8_profiled", 0.3)]
+    found = verdicts(*rows)
+    assert found["cost of stock_bf16_profiled, of a step"] == "PASS"
+    assert found["cost of lowbit_int8_profiled, of a step"] == "no rows"
+    assert verdicts(*rows[:1], row("stock_bf16_profiled", 0.34))["cost of stock_bf16_profiled, of a step"] == "short"
+
+
 def test_the_table_shows_ratios_within_the_run():
     rows = [row("stock_bf16", 0.4), row("lowbit_int8", 0.2, error=None), row("lowbit_int8_lora", 0.22, peak=None)]
     rows.append(row("lowbit_int8_two_gpus", 0.12))
     heading, *lines = [line.split() for line in e2e_table.table(rows).splitlines()]
-    assert heading[-5:] == ["/bf16", "/fp8_unpacked", "/int8", "lora", "2gpus"]
+    assert heading[-5:] == ["/bf16", "/fp8_unpacked", "/int8", "lora", "extra"]
     assert [line[-5:] for line in lines] == [
         ["1.000", "-", "-", "-", "-"],
         ["2.000", "-", "-", "-", "-"],
