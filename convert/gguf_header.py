@@ -23,7 +23,7 @@ _U32, _I32, _STRING, _ARRAY = 4, 5, 8, 9
 Value = str | int | list[int]
 
 
-def tensor_size_bytes(stored: str, shape: tuple[int, ...], element_bytes: int) -> int:
+def tensor_size_bytes(stored: str, shape: tuple[int, ...], element_bytes: int = 0) -> int:
     """Bytes of a tensor; `element_bytes` counts for the types of INTEGERS."""
     if stored in INTEGERS:
         return math.prod(shape) * element_bytes

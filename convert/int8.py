@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..formats import Int8Weight, int8
 from .file_layout import OutputTensor
+from .pieces import in_pieces
 from .request import Part
 from .safetensors_header import NAMES
-from .smoothing import DEFAULT_ALPHA, Factors
-from .source import part_of, row_slices
+from .smoothing import Factors
+from .source import part_of
 from .tensor_plan import NotFiniteError, Pieces, TensorPlan, finite_floats_of, kept_dtype, plain_pieces
 
 FORMAT = "int8_tensorwise"
@@ -32,10 +33,23 @@ ROTATION_GROUPS = (256, 64, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Int8Options:
-    """rotate: by ConvRot. alpha: of SmoothQuant, which an activation record switches on."""
+    """rotate: by ConvRot. alpha: of SmoothQuant, which an activation record switches on; None is DEFAULT_ALPHA."""
 
     rotate: bool = False
-    alpha: float = DEFAULT_ALPHA
+    alpha: float | None = None
+
+    def check(self, parts: Sequence[Part]) -> None:
+        """Raises ValueError for an option that would have no effect on these branches."""
+        if self.alpha is not None and not any(part.record for part in parts):
+            raise ValueError(
+                f"alpha of smoothing: found {self.alpha:g} without an activation record, which switches smoothing on. "
+                "Name a record, or leave alpha out."
+            )
+        rows = {part.branch.weights[f"{name}.weight"].shape[1] for part in parts for name in part.quantized}
+        if self.rotate and not any(map(rotation_group, rows)):
+            raise ValueError(
+                f"rotation: found no layer whose rows are a multiple of {ROTATION_GROUPS[-1]} long. Leave it out."
+            )
 
 
 def plan_int8(
@@ -74,9 +88,11 @@ def _linear_plan(key, weight, options, factors, prefix, device) -> TensorPlan:
         OutputTensor(marker_name, (marker_bytes.numel(),), "U8", marker_bytes.numel()),
     )
 
+    def quantized_rows(rows: slice) -> Int8Weight:
+        return _quantized_rows(weight, rows, group, factors, device)
+
     def compute() -> Pieces:
-        for rows in row_slices((N, K)):
-            part = _quantized_rows(weight, rows, group, factors, device)
+        for rows, part in in_pieces(quantized_rows, (N, K), device):
             yield name, rows.start * K, part.data
             yield f"{name}_scale", rows.start * 4, part.scale.expand(part.data.shape[0], 1)
         yield marker_name, 0, marker_bytes

@@ -16,11 +16,12 @@ from ..loaders.errors import counted
 from . import gguf, int8
 from .file_layout import FileLayout
 from .gguf_header import gguf_layout
-from .progress import Report, Stage
+from .policy import PROTECT_COUNT
+from .progress import Report, Stage, size_text
 from .recipe import gguf_metadata, recipe_text, safetensors_metadata
 from .request import Part, Request, open_request
 from .safetensors_header import safetensors_layout
-from .smoothing import Factors, smoothing_factors
+from .smoothing import DEFAULT_ALPHA, Factors, smoothing_factors
 from .source import Sources, file_hash
 from .tensor_plan import TensorPlan
 from .write_files import FilePlan, check_room, write_files
@@ -48,7 +49,7 @@ class Written:
         smoothed = "" if self.smoothed is None else f" ({self.smoothed:,} of them smoothed)"
         quantized = f"{counted(self.quantized, 'linear layer')} quantized{smoothed}"
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
-        return f"{self.path}: {self.size_bytes / 1e9:.2f} GB, {quantized}{f' ({types})' if types else ''}{kept}"
+        return f"{self.path}: {size_text(self.size_bytes)}, {quantized}{f' ({types})' if types else ''}{kept}"
 
 
 def convert_to_int8(
@@ -59,18 +60,21 @@ def convert_to_int8(
 ) -> list[Written]:
     """Write INT8 safetensors. Raises ValueError and RuntimeError with a sentence for the person who asked."""
     sources, parts = open_request(request, ".safetensors", int8.BRANCH_PREFIXES)
+    options.check(parts)
     check_room(request.target, [each for part in parts for each in int8.plan_int8(part, options, {})])
     on_checked(parts)
+    alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
     plans, smoothed = [], []
     for part in parts:
-        factors = _smoothing(part, request, options.alpha, sources, report)
+        factors = _smoothing(part, request, alpha, sources, report)
         plans.append(int8.plan_int8(part, options, factors, request.device))
         smoothed.append(_smoothed(part, factors))
-    recipe = _recipe(request, {"format": int8.FORMAT, **dataclasses.asdict(options)}, sources, report)
+    settings = {"format": int8.FORMAT, "rotate": options.rotate} | ({"alpha": alpha} if request.records else {})
+    recipe_of = _recipes(request, settings, sources, report)
 
-    def lay_out(head: Part, plans: Plans) -> FileLayout:
-        tensors = [tensor for plan in plans for tensor in plan.tensors]
-        return safetensors_layout(tensors, safetensors_metadata(head.branch.metadata, recipe))
+    def lay_out(inside: list[Part], plans: Plans) -> FileLayout:
+        metadata = safetensors_metadata(inside[0].branch.metadata, recipe_of(inside))
+        return safetensors_layout([tensor for plan in plans for tensor in plan.tensors], metadata)
 
     return _write(request, parts, plans, lay_out, sources, report, smoothed if request.records else None)
 
@@ -86,30 +90,40 @@ def convert_to_gguf(
     for part in parts:
         options.policy.check_patterns([key.removesuffix(".weight") for key in part.branch.weights])
     plans = [gguf.plan_gguf(part, options.policy, request.device) for part in parts]
+    gguf.check_records(parts, plans)
     check_room(request.target, [each for found in plans for each in found])
     on_checked(parts)
-    recipe = _recipe(request, {"format": "gguf", **dataclasses.asdict(options)}, sources, report)
+    recipe_of = _recipes(request, {"format": "gguf", **dataclasses.asdict(options)}, sources, report)
 
-    def lay_out(head: Part, plans: Plans) -> FileLayout:
-        architecture = options.architecture or gguf.architecture_of(head.branch)
-        metadata = gguf_metadata(head.branch.metadata, recipe, architecture, gguf.most_common_type(plans))
+    def lay_out(inside: list[Part], plans: Plans) -> FileLayout:
+        head = inside[0].branch
+        architecture = options.architecture or gguf.architecture_of(head)
+        metadata = gguf_metadata(head.metadata, recipe_of(inside), architecture, gguf.most_common_type(plans))
         return gguf_layout([tensor for plan in plans for tensor in plan.tensors], metadata)
 
     return _write(request, parts, plans, lay_out, sources, report)
 
 
-def _recipe(request: Request, settings: dict, sources: Sources, report: Report) -> str:
+def _recipes(request: Request, settings: dict, sources: Sources, report: Report) -> Callable[[list[Part]], str]:
+    """What gives the recipe of a file with some branches, once all that was read is hashed: by branch, `only` for a
+    model without any."""
     paths = [file.path for file in sources.files]
     advance = Stage("reading", sum(os.path.getsize(path) for path in paths), report).advance
+    hashes = {path: file_hash(path, advance) for path in paths}
+    hashes |= {path: file_hash(path) for path in {*request.records, *request.reports}}
     settings = settings | {"protected": list(request.protected)}
     if request.reports:
-        settings["protect_count"] = request.protect_count
-    read = {
-        "source_sha256": [file_hash(path, advance) for path in paths],
-        "activation_record_sha256": [file_hash(path) for path in request.records],
-        "fragility_report_sha256": [file_hash(path) for path in request.reports],
-    }
-    return recipe_text(settings | {name: hashes for name, hashes in read.items() if hashes})
+        settings["protect_count"] = PROTECT_COUNT if request.protect_count is None else request.protect_count
+
+    def recipe_of(inside: list[Part]) -> str:
+        read = {
+            "source_sha256": {part.branch.name: hashes[part.branch.path] for part in inside},
+            "activation_record_sha256": {p.branch.name: hashes[p.record_path] for p in inside if p.record_path},
+            "fragility_report_sha256": {p.branch.name: hashes[p.report_path] for p in inside if p.report_path},
+        }
+        return recipe_text(settings | {name: found for name, found in read.items() if found})
+
+    return recipe_of
 
 
 def _smoothing(part: Part, request: Request, alpha: float, sources: Sources, report: Report) -> dict[str, Factors]:
@@ -136,7 +150,7 @@ def _write(
     request: Request,
     parts: list[Part],
     plans: list[Plans],
-    lay_out: Callable[[Part, Plans], FileLayout],
+    lay_out: Callable[[list[Part], Plans], FileLayout],
     sources: Sources,
     report: Report,
     smoothed: list[int] | None = None,
@@ -147,7 +161,7 @@ def _write(
     for target in dict.fromkeys(part.target for part in parts):
         inside = [part for part in parts if part.target == target]
         tensors = [each for part, found in zip(parts, plans, strict=True) if part.target == target for each in found]
-        layout = lay_out(inside[0], tensors)
+        layout = lay_out(inside, tensors)
         files.append(FilePlan(target, inside[0].branch.path, tensors, layout))
         quantized, protected = (sum(len(getattr(p, kind)) for p in inside) for kind in ("quantized", "protected"))
         smooth = None

@@ -8,33 +8,38 @@ import logging
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable
 
 import torch
 
+from .progress import size_text
+
 logger = logging.getLogger(__name__)
 
 FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
-GB = 1e9
 
 
 def check_targets(targets: Iterable[str], sources: Iterable[str], overwrite: bool, make_folder: bool = False) -> None:
-    """Refuse, before anything takes time, targets that exist, are read from, or lie in no folder.
+    """Refuse, before anything takes time, targets that exist, are read from, or lie in no folder that takes files.
 
-    make_folder: a folder that can be made is as good as one that is there.
+    make_folder: a folder that can be made is as good as one that is there. Raises ValueError, and RuntimeError where
+    nothing may be written.
     """
     sources = [source for source in sources if os.path.exists(source)]
     for target in targets:
         folder = os.path.dirname(os.path.abspath(target))
-        if not os.path.isdir(_existing(folder) if make_folder else folder):
+        existing = _existing(folder) if make_folder else folder
+        if not os.path.isdir(existing):
             raise ValueError(f"{target}: there is no folder {folder}. Make it, or pick another one.")
         if os.path.isdir(target):
             raise ValueError(f"{target}: found a folder, expected the name of a file to write.")
+        _check_writable(target, existing)
         if not os.path.exists(target):
             continue
         # Not by their names: some file systems know a file by many spellings.
         if any(os.path.samefile(target, source) for source in sources):
-            raise ValueError(f"{target}: is read by this conversion and cannot be its result: pick another name.")
+            raise ValueError(f"{target}: is read itself and cannot be the result: pick another name.")
         if not overwrite:
             raise _exists(target)
 
@@ -44,9 +49,18 @@ def check_space(folder: str, size_bytes: int) -> None:
     free_bytes = shutil.disk_usage(_existing(folder)).free
     if free_bytes < size_bytes:
         raise RuntimeError(
-            f"{folder}: found {free_bytes / GB:.1f} GB of free disk space, expected {size_bytes / GB:.1f} GB for what "
+            f"{folder}: found {size_text(free_bytes)} of free disk space, expected {size_text(size_bytes)} for what "
             "would be written. Free some space, or write to another disk."
         )
+
+
+def _check_writable(target: str, folder: str) -> None:
+    """By writing: rights, read-only disks and network folders answer nothing else truthfully."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _not_writable(target, error) from error
 
 
 def _existing(folder: str) -> str:
@@ -73,9 +87,7 @@ class OutputFile:
             # Not tempfile: its files are readable by their owner alone.
             self._file = open(self._temporary, "xb", buffering=0)
         except OSError as error:
-            raise RuntimeError(
-                f"{self.path}: cannot be written ({error.strerror}). Pick a folder that you may write to."
-            ) from error
+            raise _not_writable(self.path, error) from error
         return self
 
     def __exit__(self, exception_type, *exception) -> None:
@@ -134,6 +146,10 @@ class OutputFile:
             f"{self.path}: cannot be written ({error.strerror}). If the file is in use, unload the model or pick "
             "another name."
         )
+
+
+def _not_writable(path: str, error: OSError) -> RuntimeError:
+    return RuntimeError(f"{path}: cannot be written ({error.strerror}). Pick a folder that you may write to.")
 
 
 def _exists(path: str) -> ValueError:

@@ -23,6 +23,8 @@ from .record import FragileLayer
 
 WRITABLE = tuple(name for name, ggml_type in TYPES.items() if ggml_type.can_quantize)
 PRESETS = tuple(name.lower() for name in WRITABLE if TYPES[name].plain_dtype is None)
+# Of a fragility report's layers, unless someone says otherwise: as in the published recipe for Ideogram 4.
+PROTECT_COUNT = 17
 _PLAIN = tuple(name for name, ggml_type in TYPES.items() if ggml_type.plain_dtype is not None)
 
 

@@ -1,12 +1,10 @@
-"""How far a conversion is, how fast it goes and how long it still takes."""
+"""How far a conversion or comparison is, how fast it goes and how long it still takes."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable
-
-GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +30,12 @@ class Progress:
         remaining = self.remaining_s
         left = "" if remaining is None else f", {clock(remaining)} left"
         return (
-            f"{self.stage}: {self.done_bytes / GB:.2f} of {self.total_bytes / GB:.2f} GB, "
-            f"{self.rate_bytes_s / 1e6:.0f} MB/s{left}"
+            f"{self.stage}: {size_text(self.done_bytes)} of {size_text(self.total_bytes)}, "
+            f"{size_text(self.rate_bytes_s)}/s{left}"
         )
 
 
-# Called after every part of a file; raising in it cancels the conversion, which then leaves nothing behind.
+# Called after every part of a file; raising in it cancels the work, which then leaves nothing behind.
 Report = Callable[[Progress], None]
 
 
@@ -53,6 +51,15 @@ class Stage:
         self._done_bytes += size_bytes
         elapsed_s = time.monotonic() - self._start
         self._report(Progress(self._name, self._done_bytes, self._total_bytes, elapsed_s))
+
+
+def size_text(size_bytes: float) -> str:
+    """`18.6 GB`, `1.07 MB`, `3.40 kB`, `12 bytes`: three digits in the unit that fits, in powers of 1000."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        value = size_bytes / unit
+        if value >= 0.9995:  # 1000 of the smaller unit when rounded
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {name}"
+    return f"{size_bytes:.0f} bytes"
 
 
 def clock(seconds: float) -> str:

@@ -11,7 +11,7 @@ import torch
 from ..loaders import CheckpointError
 from ..loaders.branch import Branch
 from .output_file import check_targets
-from .policy import linears_worth_quantizing, protected_layers
+from .policy import PROTECT_COUNT, linears_worth_quantizing, protected_layers
 from .record import LayerActivations, check_record, read_activation_record, read_fragility_report
 from .source import Sources, open_sources
 
@@ -22,8 +22,9 @@ class Request:
 
     source: the checkpoint, with all branches that it holds. unconditional: the file of the unconditional branch, beside
     which `source` gives the conditional one. target: the file to write. one_file: both branches in it, instead of the
-    second in `<target>_uncond`. protected, protect_count: see `policy.protected_layers`. reports, records: paths, one
-    for all branches or one for each. device: what computes. make_folder: make the target's folder before writing.
+    second in `<target>_uncond`. protected, protect_count: see `policy.protected_layers`; a count of None is
+    PROTECT_COUNT. reports, records: paths, one for each branch: what its layers read, the other's do not. device: what
+    computes. make_folder: make the target's folder before writing.
     """
 
     source: str
@@ -33,7 +34,7 @@ class Request:
     overwrite: bool = False
     protected: tuple[str, ...] = ()
     reports: tuple[str, ...] = ()
-    protect_count: int = 17
+    protect_count: int | None = None
     records: tuple[str, ...] = ()
     device: str = "cpu"
     make_folder: bool = False
@@ -42,7 +43,7 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A branch to convert: the file it goes to, the prefix of its tensors there, and what was decided about its linear
-    layers. record: empty without one."""
+    layers. record: empty without one. record_path, report_path: what was read for it, None for nothing."""
 
     branch: Branch
     target: str
@@ -50,6 +51,8 @@ class Part:
     quantized: frozenset[str]
     protected: frozenset[str]
     record: Mapping[str, LayerActivations]
+    record_path: str | None = None
+    report_path: str | None = None
 
 
 def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> tuple[Sources, list[Part]]:
@@ -59,14 +62,23 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
     """
     if not request.target.endswith(suffix):
         raise ValueError(f"{request.target}: found another ending, expected {suffix}. Rename the file to write.")
-    _check_device(request.device)
+    _check_count(request)
+    check_device(request.device)
     sources = open_sources(request.source, request.unconditional)
     targets = _targets(request, len(sources.branches))
     read = [file.path for file in sources.files]
     check_targets(targets, [*read, *request.records, *request.reports], request.overwrite, request.make_folder)
+    if request.one_file and len(sources.branches) == 1:
+        raise ValueError(
+            f"one file for both branches: found one branch in {os.path.basename(request.source)}. Name the file of the "
+            "unconditional branch too, or leave this option out."
+        )
     for what, paths in (("activation records", request.records), ("fragility reports", request.reports)):
-        if len(paths) > len(targets):
-            raise ValueError(f"{what}: found {len(paths)}, expected one, or one for each of {len(targets)} branches.")
+        if paths and len(paths) != len(targets):
+            raise ValueError(
+                f"{what}: found {len(paths)}, expected {len(targets)}: one for each branch to convert, the conditional "
+                "one first. What is measured on one branch says nothing about the other."
+            )
     parts = []
     for index, (branch, target) in enumerate(zip(sources.branches, targets, strict=True)):
         prefix = prefixes[branch.name] if targets.count(target) > 1 else ""
@@ -74,13 +86,29 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
     return sources, parts
 
 
-def _check_device(device: str) -> None:
+def _check_count(request: Request) -> None:
+    if request.protect_count is not None and not request.reports:
+        raise ValueError(
+            f"number of layers to protect: found {request.protect_count} without a fragility report, whose first "
+            "layers it counts. Name a report, or leave the number out."
+        )
+    if request.protect_count == 0:
+        raise ValueError(
+            "number of layers to protect: found 0, with which a fragility report has no effect. Leave the report out, "
+            "or protect some layers."
+        )
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that there is not."""
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"device: found {device!r}, expected cpu, cuda or a certain GPU such as cuda:1.") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: found no CUDA device on this machine. Convert on the cpu.")
+        raise ValueError("device: found no CUDA device on this machine. Leave it out, or say cpu.")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: found {device}, expected cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
 
 
 def _targets(request: Request, branches: int) -> list[str]:
@@ -100,20 +128,18 @@ def _part(request: Request, index: int, branch: Branch, target: str, prefix: str
             expected="a diffusion transformer",
             todo="Text encoders, VAEs, LoRAs and small models stay as they are.",
         )
-    report = read_fragility_report(_of_branch(request.reports, index)) if request.reports else ()
-    protected = protected_layers(branch.path, linears, request.protected, report, request.protect_count)
+    report_path = request.reports[index] if request.reports else None
+    report = read_fragility_report(report_path) if report_path else ()
+    count = PROTECT_COUNT if request.protect_count is None else request.protect_count
+    protected = protected_layers(branch.path, linears, request.protected, report, count)
     if not set(linears) - protected:
         raise ValueError(
             f"protected layers: found all {len(linears)} linear layers of {os.path.basename(branch.path)} protected, "
             "expected some to quantize. Protect fewer."
         )
-    record = {}
-    if request.records:
-        path = _of_branch(request.records, index)
-        record = read_activation_record(path)
-        check_record(path, record, branch.weights)
-    return Part(branch, target, prefix, frozenset(linears) - protected, frozenset(protected), record)
-
-
-def _of_branch(paths: tuple[str, ...], index: int) -> str:
-    return paths[min(index, len(paths) - 1)]
+    record, record_path = {}, request.records[index] if request.records else None
+    if record_path:
+        record = read_activation_record(record_path)
+        check_record(record_path, record, branch.weights)
+    quantized = frozenset(linears) - protected
+    return Part(branch, target, prefix, quantized, frozenset(protected), record, record_path, report_path)

@@ -17,11 +17,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 
+from .pieces import in_pieces
 from .record import LayerActivations
-from .source import floats_of, row_slices
+from .source import floats_of
 
 DEFAULT_ALPHA = 0.5
 # Factors from 2^-8 to 2^8 around the layer's median: more would only carry one channel's noise into others.
@@ -147,8 +149,8 @@ def _exponents(
     for consumer in fold.consumers:
         x_max = torch.maximum(x_max, record[consumer].absmax)
         weight = weights[f"{consumer}.weight"]
-        for rows in row_slices(tuple(weight.shape)):
-            w_max = torch.maximum(w_max, floats_of(weight, rows, device).abs().amax(dim=0))
+        for _, part_max in in_pieces(partial(_column_max, weight, device=device), tuple(weight.shape), device):
+            w_max = torch.maximum(w_max, part_max)
     w_max = w_max.cpu()
     used = (x_max > 0) & (w_max > 0)
     exponents = torch.zeros(K)
@@ -156,3 +158,8 @@ def _exponents(
     if bool(used.any()):
         exponents[used] -= exponents[used].median()
     return exponents.round_().clamp_(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+
+
+def _column_max(weight: object, rows: slice, device: torch.device | str) -> torch.Tensor:
+    """The largest magnitude in each column of some rows, [K]."""
+    return floats_of(weight, rows, device).abs().amax(dim=0)

@@ -114,10 +114,10 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices that cover the rows, of at most CHUNK_ELEMENTS elements each or of one row."""
+def row_slices(shape: tuple[int, ...], elements: int | None = None) -> Iterator[slice]:
+    """Slices that cover the rows, of at most so many elements each, and of CHUNK_ELEMENTS, or of one row."""
     rows, K = matrix_shape(shape)
-    step = max(1, CHUNK_ELEMENTS // max(1, K))
+    step = max(1, min(elements or CHUNK_ELEMENTS, CHUNK_ELEMENTS) // max(1, K))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

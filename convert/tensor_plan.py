@@ -9,8 +9,9 @@ import torch
 
 from ..formats import QuantizedWeight
 from .file_layout import OutputTensor
+from .pieces import in_pieces
 from .smoothing import Factors
-from .source import floats_of, part_of, row_slices
+from .source import floats_of, part_of
 
 # A tensor of the file by name, a place in it in bytes, and what to write there.
 Pieces = Iterator[tuple[str, int, torch.Tensor]]
@@ -57,15 +58,18 @@ def plain_pieces(
 ) -> Pieces:
     """An unquantized tensor, a few rows at a time. Raises as `TensorPlan.compute` does."""
     row_bytes = dtype.itemsize * (weight.shape[-1] if len(weight.shape) else 1)
-    for rows in row_slices(tuple(weight.shape)):
-        if dtype.is_floating_point:
-            values = finite_floats_of(weight, rows, device)
-            if factors is not None:
-                values = factors.apply(values, rows)
-            part = values.to(dtype)
-            if not bool(torch.isfinite(part).all()):
-                largest = values.abs().max().item()
-                raise ValueError(f"a value of {largest:.4g} does not fit {str(dtype).removeprefix('torch.')}")
-        else:
-            part = part_of(weight, rows)
+
+    def compute(rows: slice) -> torch.Tensor:
+        if not dtype.is_floating_point:
+            return part_of(weight, rows)
+        values = finite_floats_of(weight, rows, device)
+        if factors is not None:
+            values = factors.apply(values, rows)
+        part = values.to(dtype)
+        if not bool(torch.isfinite(part).all()):
+            largest = values.abs().max().item()
+            raise ValueError(f"a value of {largest:.4g} does not fit {str(dtype).removeprefix('torch.')}")
+        return part
+
+    for rows, part in in_pieces(compute, tuple(weight.shape), device):
         yield name, rows.start * row_bytes, part

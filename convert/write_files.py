@@ -46,15 +46,20 @@ def write_files(files: Sequence[FilePlan], overwrite: bool, sources: Sources, re
         for file, output in zip(files, opened, strict=True):
             output.write(0, file.layout.header)
             for plan in file.plans:
-                for name, start, data in _explained(file.source, plan):
-                    output.write(file.layout.offsets[name] + start, data)
-                    stage.advance(data.nbytes)
-                    sources.release()
+                _write_tensors(file, plan, output, stage, sources)
         for file, output in zip(files, opened, strict=True):
             output.finish(file.layout.size_bytes)
         # Only renaming is left, once nothing else can fail: two branches belong together.
         for output in opened:
             output.commit()
+
+
+def _write_tensors(file: FilePlan, plan: TensorPlan, output: OutputFile, stage: Stage, sources: Sources) -> None:
+    with contextlib.closing(_explained(file.source, plan)) as pieces:  # so that no worker goes on after an error
+        for name, start, data in pieces:
+            output.write(file.layout.offsets[name] + start, data)
+            stage.advance(data.nbytes)
+            sources.release()
 
 
 def _explained(source: str, plan: TensorPlan) -> Iterator[tuple]:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import pathlib
+import runpy
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "evaluation" / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("torch") is None:
         sys.stderr.write(f"{sys.executable} has no torch. Run this by the Python that runs ComfyUI.\n")
         return 2
-    register_package()
+    runpy.run_path(str(ROOT / "convert" / "register_package.py"))
     try:
         return verify(options) if options.command == "verify" else ablation(options)
     except KeyboardInterrupt:
@@ -37,24 +37,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
+    from lowbit.convert.output_file import check_targets
+    from lowbit.convert.request import check_device
+    from lowbit.convert.terminal import TerminalLine
     from lowbit.evaluation import picture, verify_report
     from lowbit.evaluation.pairs import Files
     from lowbit.evaluation.verify import verify
 
     files = Files(options.quantized, options.source, options.unconditional, options.source_unconditional)
+    check_device(options.device)
+    if options.overwrite and not options.picture:
+        raise ValueError("--overwrite: found no --picture whose file it could replace. Leave it out.")
+    if options.picture:
+        check_targets([options.picture], filter(None, vars(files).values()), options.overwrite)
+        picture.check_ending(options.picture)
+    line = TerminalLine()
     try:
-        checks = verify(files, options.device, _show_progress)
+        checks = verify(files, options.device, line)
     finally:
-        _show_progress(0, 0)
+        line.end()
     sys.stdout.write(verify_report.text(checks, options.most) + "\n")
-    if options.picture and (panels := verify_report.panels(checks)):
-        picture.draw(panels).save(options.picture)
+    if options.picture:
+        if panels := verify_report.panels(checks):
+            picture.draw(panels).save(options.picture)
+        else:
+            sys.stdout.write("\nNo picture was written: no weight is quantized.\n")
     return 1 if any(check.broken for check in checks) else 0
 
 
 def ablation(options: argparse.Namespace) -> int:
+    from lowbit.convert.output_file import check_targets
     from lowbit.evaluation import ablation
 
+    if options.overwrite and not options.out:
+        raise ValueError("--overwrite: found no --out whose file it could replace. Leave it out.")
+    if options.out:
+        check_targets([options.out], [], options.overwrite)
     found = ablation.run(options.seed)
     sys.stdout.write(ablation.as_text(found.rows) + "\n\n")
     first = "the first" if found.planted_rank_first else "NOT the first"
@@ -62,13 +80,6 @@ def ablation(options: argparse.Namespace) -> int:
     if options.out:
         ablation.write_csv(options.out, found.rows)
     return 0
-
-
-def _show_progress(done_bytes: int, total_bytes: int) -> None:
-    """One line of a terminal, written over; emptied at the end."""
-    if sys.stderr.isatty():
-        line = f"comparing: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB" if total_bytes else ""
-        sys.stderr.write(f"\r{line:<50}\r")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,25 +95,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_verify.add_argument("--source-unconditional", metavar="FILE", help="the source of that branch, likewise")
     to_verify.add_argument("--device", default="cpu", help="what computes: cpu (default), cuda, cuda:1")
-    to_verify.add_argument("--most", type=int, default=24, metavar="N", help="tensors listed of each branch (24)")
+    to_verify.add_argument("--most", type=_count, default=24, metavar="N", help="tensors listed of each branch (24)")
     to_verify.add_argument("--picture", metavar="FILE", help="write a picture of the errors, such as errors.png")
+    to_verify.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
     of_recipe = commands.add_parser("ablation", help="what recipes are worth on a model with known outliers")
     of_recipe.add_argument("--seed", type=int, default=0)
-    of_recipe.add_argument("--out", metavar="FILE", default=str(RESULTS / "ablation.csv"), help="CSV file to write")
+    of_recipe.add_argument("--out", metavar="FILE", help="write the table to a CSV file, too")
+    of_recipe.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     return parser
 
 
-def register_package() -> None:
-    """The pack is a folder under any name, not an installed package: `lowbit` is what its modules are imported by."""
-    # Python puts the folder of a script on the path, where our modules would hide packages of the same names.
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    sys.path[:] = [entry for entry in sys.path if not entry or str(pathlib.Path(entry).resolve()) != folder]
-    if "lowbit" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "lowbit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        module = sys.modules["lowbit"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"a number of tensors, found {text}")
+    return count
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import torch
 
+from ..convert.pieces import in_pieces
 from ..convert.smoothing import LARGEST_EXPONENT, Factors, Fold, find_folds
-from ..convert.source import floats_of, row_slices
+from ..convert.source import floats_of
 
 
 def folded_smoothing(
@@ -55,11 +56,14 @@ def _exponents(
         everything = slice(None)
         ratios.append((floats_of(quantized[key], everything) / floats_of(source[key], everything)).flatten())
     else:
-        for rows in row_slices(shape):
+
+        def row_ratios(rows: slice) -> torch.Tensor:
             actual, expected = floats_of(quantized[key], rows, device), floats_of(source[key], rows, device)
             if known is not None:
                 expected = known.apply(expected, rows)
-            ratios.append(((actual * expected).sum(dim=1) / expected.square().sum(dim=1)).cpu())
+            return ((actual * expected).sum(dim=1) / expected.square().sum(dim=1)).cpu()
+
+        ratios += (ratio for _, ratio in in_pieces(row_ratios, shape, device))
     ratio = torch.cat(ratios)[fold.first_row :]
     ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
     return -torch.log2(ratio).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)

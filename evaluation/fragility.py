@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from ..convert.policy import PROTECT_COUNT
 from ..convert.record import FragileLayer, LayerActivations
 from ..loaders.policy import quantizes
 from .names import kind_and_depth
 from .picture import Panel
 
 MEASURES = ("spikiness", "output error")
-# As in the published recipe for Ideogram 4.
-PROTECT_COUNT = 17
 
 
 @dataclasses.dataclass(frozen=True)

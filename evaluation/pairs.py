@@ -37,7 +37,7 @@ class Pair:
 
 
 def open_pairs(files: Files) -> tuple[list[Pair], list[SourceFile]]:
-    """The branches to compare, and the open files. Raises CheckpointError with a sentence for the person who asked."""
+    """The branches to compare, and the open files. Raises ValueError with a sentence for the person who asked."""
     opened: list[SourceFile] = []
 
     def open_file(path) -> SourceFile:
@@ -52,6 +52,11 @@ def open_pairs(files: Files) -> tuple[list[Pair], list[SourceFile]]:
         quantized, source = {name: quantized[ONLY]}, {name: source[ONLY]} if ONLY in source else source
     elif ONLY in source:
         source = {branch_of_name(files.source) or CONDITIONAL: source[ONLY]}
+    if files.source_unconditional is not None and UNCONDITIONAL not in quantized:
+        raise ValueError(
+            f"unconditional source: found no unconditional branch in {os.path.basename(files.quantized)} to compare it "
+            "with. Leave it out, or name the quantized file of that branch too."
+        )
     pairs = []
     for name, checkpoint in quantized.items():
         if name not in source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -40,6 +41,14 @@ class Panel:
     @property
     def height(self) -> int:
         return 2 * LINE + CELL_HEIGHT * len(self.kinds) + MARGIN
+
+
+def check_ending(path: str) -> None:
+    """Raises ValueError for a file name whose ending names no kind of picture that can be written."""
+    ending = os.path.splitext(path)[1].lower()
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
+        found = f"the ending {ending}" if ending else "no ending"
+        raise ValueError(f"{path}: found {found}, expected a kind of picture, such as .png.")
 
 
 def draw(panels: list[Panel]) -> Image.Image:

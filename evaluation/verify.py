@@ -11,8 +11,10 @@ from collections.abc import Callable
 
 import torch
 
+from ..convert.pieces import in_pieces
+from ..convert.progress import Report, Stage
 from ..convert.smoothing import Factors
-from ..convert.source import floats_of, row_slices
+from ..convert.source import floats_of
 from ..formats import Int8Weight, QuantizedWeight
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from .folded import folded_smoothing
@@ -36,6 +38,12 @@ FLOORS_DB = {
 }
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+# How the names of quantized formats begin. Others only carry the rounding of their dtype.
+QUANTIZED = ("int8", "fp8", "gguf")
+# A damaged file has some weights that are off, one that was made from something else all of them.
+FOREIGN_SHARE, FOREIGN_COUNT = 0.9, 4
+ALL_ZERO = "all zero"
+
 Advance = Callable[[int], None]
 
 
@@ -54,7 +62,9 @@ class TensorCheck:
 
 @dataclasses.dataclass(frozen=True)
 class BranchCheck:
-    """smoothed: how many weights carry folded smoothing, as their source then does too. linears_only: see `Pair`."""
+    """smoothed: how many weights carry folded smoothing, as their source then does too. linears_only: see `Pair`.
+    foreign: the quantized matrices that are not the source's, where nearly all are not: the file was made from another
+    one. Empty otherwise."""
 
     quantized_path: str
     source_path: str
@@ -62,6 +72,7 @@ class BranchCheck:
     tensors: list[TensorCheck]
     smoothed: int
     linears_only: bool
+    foreign: list[TensorCheck]
 
     @property
     def broken(self) -> list[TensorCheck]:
@@ -70,19 +81,23 @@ class BranchCheck:
 
 @torch.inference_mode()
 def verify(
-    files: Files, device: torch.device | str = "cpu", progress: Callable[[int, int], None] = lambda done, total: None
+    files: Files,
+    device: torch.device | str = "cpu",
+    report: Report = lambda progress: None,
+    on_checked: Callable[[], None] = lambda: None,
 ) -> list[BranchCheck]:
-    """Compare every branch. progress: hears of the bytes read of the quantized files, done and in all.
+    """Compare every branch. report: hears of the bytes read of the quantized files; what it raises ends the comparison.
+    on_checked: called once the files are known to be comparable, before time is spent.
 
-    Nothing larger than some rows is in memory at a time. Raises CheckpointError for files that cannot be compared.
+    Nothing larger than some rows is in memory at a time. Raises ValueError for files that cannot be compared.
     """
     pairs, opened = open_pairs(files)
-    total, done = sum(_size_bytes(weight) for pair in pairs for weight in pair.quantized.weights.values()), 0
+    on_checked()
+    total = sum(_size_bytes(weight) for pair in pairs for weight in pair.quantized.weights.values())
+    stage = Stage("comparing", total, report)
 
     def advance(size_bytes: int) -> None:
-        nonlocal done
-        done += size_bytes
-        progress(done, total)
+        stage.advance(size_bytes)
         for file in opened:
             file.release()
 
@@ -102,8 +117,18 @@ def _check_branch(pair: Pair, device, advance: Advance) -> BranchCheck:
     for key in quantized.keys() - source.keys():
         checks.append(TensorCheck(key, format_name(quantized[key]), None, ("not in the source",)))
         advance(_size_bytes(quantized[key]))
+    foreign = _foreign([check for check in checks if check.name in source and len(source[check.name].shape) == 2])
+    # What looks like smoothing between weights that have nothing to do with each other is none.
+    smoothed = 0 if foreign else len(factors)
     paths = pair.quantized.path, pair.source.path
-    return BranchCheck(*paths, pair.name, _worst_first(checks), len(factors), pair.linears_only)
+    return BranchCheck(*paths, pair.name, _worst_first(checks), smoothed, pair.linears_only, foreign)
+
+
+def _foreign(matrices: list[TensorCheck]) -> list[TensorCheck]:
+    """Those of another model's, see `BranchCheck`. Norms do not count: they are alike in all models."""
+    compared = [check for check in matrices if check.format.startswith(QUANTIZED) and check.sqnr_db is not None]
+    off = [check for check in compared if check.problems and ALL_ZERO not in check.problems]
+    return off if len(off) >= max(FOREIGN_COUNT, FOREIGN_SHARE * len(compared)) else []
 
 
 def _worst_first(checks: list[TensorCheck]) -> list[TensorCheck]:
@@ -127,23 +152,27 @@ def check_tensor(
         same = isinstance(expected, torch.Tensor) and torch.equal(actual, expected)
         return TensorCheck(key, name, EXACT_DB if same else None, () if same else ("other numbers than the source",))
     smooth = actual.smooth.to(device) if isinstance(actual, Int8Weight) and actual.smooth is not None else None
-    signal = noise = largest = 0.0
-    for rows in row_slices(shape):
+
+    def compare(rows: slice) -> tuple[float, float, float]:
+        """The largest value, infinite if any is no finite number, and the energies of signal and noise."""
         values, reference = floats_of(actual, rows, device), floats_of(expected, rows, device)
         if factors is not None:
             reference = factors.apply(reference, rows)
         if smooth is not None:
             values, reference = values / smooth, reference / smooth
-        if not bool(torch.isfinite(values).all()):
-            return TensorCheck(key, name, None, ("NaN or infinity",))
-        largest = max(largest, float(values.abs().max()))
-        signal += energy(reference)
-        noise += energy(values - reference)
+        largest = float(values.abs().max()) if bool(torch.isfinite(values).all()) else math.inf
+        return largest, energy(reference), energy(values - reference)
+
+    largest = signal = noise = 0.0
+    for _, (piece_largest, piece_signal, piece_noise) in in_pieces(compare, shape, device):
+        largest, signal, noise = max(largest, piece_largest), signal + piece_signal, noise + piece_noise
+    if not math.isfinite(largest):
+        return TensorCheck(key, name, None, ("NaN or infinity",))
     if not math.isfinite(signal):
         return TensorCheck(key, name, None, ("the source has NaN or infinity",))
     found_db = sqnr_db(signal, noise)
     if largest == 0 and signal > 0:
-        return TensorCheck(key, name, found_db, ("all zero",))
+        return TensorCheck(key, name, found_db, (ALL_ZERO,))
     # A quantized source is no nearer to the original than its own format allows.
     floor = min(floor_db(name), floor_db(format_name(expected)))
     problems = (f"{found_db:.1f} dB, expected at least {floor:.0f} for {name}",) if found_db < floor else ()

@@ -10,11 +10,9 @@ from ..loaders.branches import ONLY
 from .metrics import EXACT_DB
 from .names import kind_and_depth
 from .picture import Panel
-from .verify import BranchCheck, TensorCheck
+from .verify import QUANTIZED, BranchCheck, TensorCheck
 
 SHOWN = 24
-# How the names of quantized formats begin. Others only carry the rounding of their dtype.
-QUANTIZED = ("int8", "fp8", "gguf")
 # In the picture: what is exact is no better than this.
 LARGEST_DB = 60.0
 
@@ -22,8 +20,20 @@ LARGEST_DB = 60.0
 def text(checks: Sequence[BranchCheck], most: int = SHOWN) -> str:
     """All branches. most: tensors listed of each."""
     broken = sum(len(check.broken) for check in checks)
-    verdict = "Nothing looks broken." if not broken else f"LOOKS BROKEN: {broken} of {_count(checks)} tensors."
-    return "\n".join([verdict, *(line for check in checks for line in ["", *_branch_lines(check, most)])])
+    verdicts = [_foreign_text(check) for check in checks if check.foreign]
+    if not verdicts:
+        verdicts = [f"LOOKS BROKEN: {broken} of {_count(checks)} tensors." if broken else "Nothing looks broken."]
+    return "\n".join([*verdicts, *(line for check in checks for line in ["", *_branch_lines(check, most)])])
+
+
+def _foreign_text(check: BranchCheck) -> str:
+    median = statistics.median(tensor.sqnr_db for tensor in check.foreign)
+    quantized, source = os.path.basename(check.quantized_path), os.path.basename(check.source_path)
+    return (
+        f"NOT MADE FROM THIS SOURCE: {len(check.foreign)} quantized weights of {quantized}{_branch_text(check)} are "
+        f"not those of {source} (median {median:.1f} dB). Compare it with the file that it was made from, or with the "
+        "other branch; if this is that file, it is damaged throughout."
+    )
 
 
 def panels(checks: Sequence[BranchCheck]) -> list[Panel]:
@@ -54,6 +64,8 @@ def _branch_lines(check: BranchCheck, most: int) -> list[str]:
             f"  Smoothing is folded into {check.smoothed} weights: they are compared with the source smoothed."
         )
     lines += ["", *_formats(check.tensors), ""]
+    if check.foreign:
+        return lines[:-1]
     shown = [tensor for tensor in check.tensors if tensor.problems or _is_inexact(tensor)][:most]
     if not shown:
         return [*lines, "All tensors are those of the source."]

@@ -16,9 +16,10 @@ import torch
 from ..convert.gguf import GgufOptions
 from ..convert.int8 import Int8Options
 from ..convert.job import Written, convert_to_gguf, convert_to_int8
-from ..convert.policy import PRESETS, read_policy
+from ..convert.policy import PRESETS, PROTECT_COUNT, read_policy
 from ..convert.progress import Progress
 from ..convert.request import Part, Request
+from ..convert.smoothing import DEFAULT_ALPHA
 from ..loaders.branch import Branch
 from ..loaders.errors import CheckpointError
 from . import files, model
@@ -51,14 +52,16 @@ class SaveRequest:
     overwrite: bool
     protected: str = ""
     reports: str = ""
-    protect_count: int = 17
+    protect_count: int = PROTECT_COUNT
     records: str = ""
     device: str = DEVICES[0]
 
 
 def save_as_int8(request: SaveRequest, convrot: bool, smoothing_alpha: float) -> str:
     """Write INT8 safetensors; returns what was written, for the page. Raises ValueError and RuntimeError."""
-    return _run(request, ".safetensors", convert_to_int8, Int8Options(convrot, smoothing_alpha))
+    # A widget always has a value: only a changed one was asked for.
+    alpha = None if smoothing_alpha == DEFAULT_ALPHA else smoothing_alpha
+    return _run(request, ".safetensors", convert_to_int8, Int8Options(convrot, alpha))
 
 
 def save_as_gguf(request: SaveRequest, policy: str, policy_file: str = "") -> str:
@@ -67,21 +70,31 @@ def save_as_gguf(request: SaveRequest, policy: str, policy_file: str = "") -> st
     return _run(request, ".gguf", convert_to_gguf, GgufOptions(chosen))
 
 
+class ChosenDevice:
+    """What computes, of one of DEVICES, and its memory."""
+
+    def __init__(self, choice: str):
+        self._is_the_hosts = choice == DEVICES[0]
+        self.device = comfy.model_management.get_torch_device() if self._is_the_hosts else torch.device("cpu")
+
+    def make_room(self) -> None:
+        """Move models off it: once nothing is refused any more."""
+        if self._is_the_hosts:
+            comfy.model_management.free_memory(_DEVICE_BYTES, self.device)
+
+
 def _run(request: SaveRequest, suffix: str, convert: Callable[..., list[Written]], options) -> str:
-    device = torch.device("cpu")
-    if request.device == DEVICES[0]:
-        device = comfy.model_management.get_torch_device()
+    chosen = ChosenDevice(request.device)
 
     def on_checked(parts: list[Part]) -> None:
         for part in parts:
             _refuse_diffusers(part.branch)
-        if request.device == DEVICES[0]:
-            comfy.model_management.free_memory(_DEVICE_BYTES, device)
+        chosen.make_room()
 
     with files.errors_for_the_page():
-        asked = _request(request, suffix, device)
+        asked = _request(request, suffix, chosen.device)
         start = time.monotonic()
-        written = convert(asked, options, _Report(), on_checked)
+        written = convert(asked, options, HostProgress(), on_checked)
     return "\n".join([*map(str, written), f"{time.monotonic() - start:.0f} s"])
 
 
@@ -98,7 +111,7 @@ def _request(request: SaveRequest, suffix: str, device: torch.device) -> Request
         overwrite=request.overwrite,
         protected=_names(request.protected),
         reports=tuple(map(_in_output_folder, _names(request.reports))),
-        protect_count=request.protect_count,
+        protect_count=None if request.protect_count == PROTECT_COUNT else request.protect_count,
         records=tuple(map(_in_output_folder, _names(request.records))),
         device=str(device),
         make_folder=True,
@@ -129,8 +142,8 @@ def _refuse_diffusers(branch: Branch) -> None:
         )
 
 
-class _Report:
-    """Progress for the host's bar and log; stops where the user pressed Cancel."""
+class HostProgress:
+    """A `progress.Report` for the host's bar and log; stops where the user pressed Cancel."""
 
     def __init__(self) -> None:
         self._stage, self._bar, self._next_s = None, None, 0.0

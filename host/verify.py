@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import comfy.model_management
-import comfy.utils
 import torch
 
 from ..evaluation import verify_report
@@ -13,10 +11,8 @@ from ..evaluation.pairs import Files
 from ..evaluation.picture import draw
 from ..evaluation.verify import verify
 from . import files, model
-from .convert import DEVICES
+from .convert import DEVICES, ChosenDevice, HostProgress
 from .profile_activations import image_tensor
-
-_DEVICE_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +28,7 @@ class VerifyRequest:
 
 def verify_files(request: VerifyRequest) -> tuple[str, torch.Tensor]:
     """The report and its picture, float32 [1, H, W, 3]. Raises ValueError with a sentence for the page."""
-    device = torch.device("cpu")
-    if request.device == DEVICES[0]:
-        device = comfy.model_management.get_torch_device()
-        comfy.model_management.free_memory(_DEVICE_BYTES, device)
+    chosen = ChosenDevice(request.device)
     compared = Files(
         files.full_path(request.checkpoint),
         files.full_path(request.source),
@@ -43,7 +36,7 @@ def verify_files(request: VerifyRequest) -> tuple[str, torch.Tensor]:
         _second(request.source_unconditional),
     )
     with files.errors_for_the_page():
-        checks = verify(compared, device, _Progress())
+        checks = verify(compared, chosen.device, HostProgress(), chosen.make_room)
     panels = verify_report.panels(checks)
     picture = image_tensor(draw(panels)) if panels else torch.ones((1, 64, 64, 3))
     return verify_report.text(checks), picture
@@ -51,15 +44,3 @@ def verify_files(request: VerifyRequest) -> tuple[str, torch.Tensor]:
 
 def _second(name: str) -> str | None:
     return None if name == model.SAME_FILE else files.full_path(name)
-
-
-class _Progress:
-    """For the host's bar; stops where the user pressed Cancel."""
-
-    def __init__(self) -> None:
-        self._bar = None
-
-    def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self._bar = self._bar or comfy.utils.ProgressBar(total_bytes)
-        self._bar.update_absolute(done_bytes)

@@ -30,7 +30,7 @@ class SaveAsInt8(io.ComfyNode):
                 save_inputs.activation_record("Switches smoothing (SmoothQuant) on, which costs no speed."),
                 io.Float.Input(
                     "smoothing_alpha",
-                    default=0.5,
+                    default=convert.DEFAULT_ALPHA,
                     min=0.0,
                     max=1.0,
                     step=0.05,
@@ -45,6 +45,6 @@ class SaveAsInt8(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, convrot=False, smoothing_alpha=0.5, **shared) -> io.NodeOutput:
+    def execute(cls, convrot=False, smoothing_alpha=convert.DEFAULT_ALPHA, **shared) -> io.NodeOutput:
         report = convert.save_as_int8(save_inputs.request(**shared), convrot, smoothing_alpha)
         return io.NodeOutput(report, ui=ui.PreviewText(report))

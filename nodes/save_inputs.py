@@ -55,16 +55,16 @@ def protection() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="JSON file in the output folder that lists the most fragile layers first; two files, separated by "
-            "a comma, for two branches.",
+            "a comma, for two branches, the conditional one first.",
         ),
         io.Int.Input(
             "protect_count",
-            default=17,
-            min=0,
+            default=convert.PROTECT_COUNT,
+            min=1,
             max=10_000,
             optional=True,
             advanced=True,
-            tooltip="How many of the report's layers stay unquantized, in each branch.",
+            tooltip="How many of the report's layers stay unquantized, in each branch. Only with a report.",
         ),
     ]
 
@@ -76,7 +76,7 @@ def activation_record(use: str) -> io.String.Input:
         optional=True,
         advanced=True,
         tooltip=f"Safetensors file in the output folder with the activations that a calibration run measured; two "
-        f"files, separated by a comma, for two branches. {use}",
+        f"files, separated by a comma, for two branches, the conditional one first. {use}",
     )
 
 
@@ -99,7 +99,7 @@ def request(
     overwrite,
     protected_layers="",
     fragility_report="",
-    protect_count=17,
+    protect_count=convert.PROTECT_COUNT,
     activation_record="",
     device=convert.DEVICES[0],
 ) -> convert.SaveRequest:

@@ -19,7 +19,7 @@ BRANCHES = ("conditional", "unconditional")
 BLOCK_LINEARS = small.block_linears(small.ideogram4())
 
 
-def to_int8(source, target, rotate=False, alpha=0.5, report=lambda progress: None, **request) -> list[Written]:
+def to_int8(source, target, rotate=False, alpha=None, report=lambda progress: None, **request) -> list[Written]:
     return convert_to_int8(Request(str(source), str(target), **request), Int8Options(rotate, alpha), report)
 
 

@@ -36,10 +36,10 @@ def test_the_same_files_as_from_the_functions(tmp_path, fp8_files):
         cli, function = (tmp_path / f"{name}{suffix}.safetensors" for name in ("cli", "f"))
         assert cli.read_bytes() == function.read_bytes()
         written = (
-            f"cli{suffix}.safetensors: 0.00 GB, 7 linear layers quantized (7 of them smoothed), 3 layers protected"
+            f"cli{suffix}.safetensors: 3.74 MB, 7 linear layers quantized (7 of them smoothed), 3 layers protected"
         )
         assert written in result.stdout
-    assert "reading: " in result.stderr and "smoothing: " in result.stderr and "MB/s, 0:00 left" in result.stderr
+    assert "reading: " in result.stderr and "smoothing: " in result.stderr and "B/s, 0:00 left" in result.stderr
 
 
 def test_gguf_from_a_pack_folder_of_any_name(tmp_path, fp8_files):

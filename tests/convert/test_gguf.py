@@ -71,7 +71,7 @@ def test_metadata(tmp_path, fp8_files, policy, number):
     assert field(written.path, "general.file_type") == number
     assert field(written.path, "general.quantization_version") == gguf.GGML_QUANT_VERSION
     recipe = json.loads(field(written.path, "lowbit.recipe"))
-    assert recipe["tool"] == "lowbit" and len(recipe["source_sha256"][0]) == 64
+    assert recipe["tool"] == "lowbit" and len(recipe["source_sha256"]["only"]) == 64
     reader = gguf.GGUFReader(written.path)
     assert reader.alignment == 32 and all(tensor.data_offset % 32 == 0 for tensor in reader.tensors)
 

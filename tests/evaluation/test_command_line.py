@@ -1,6 +1,7 @@
 """`python evaluation`, as people run it: texts, files and how it ends."""
 
 import csv
+import re
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ def files(tmp_path):
 
 def test_verify_prints_a_table_and_writes_a_picture(files, tmp_path):
     done = run("verify", *files, "--most", "3", "--picture", "errors.png", cwd=tmp_path)
-    assert done.returncode == 0 and not done.stderr
+    assert done.returncode == 0 and re.fullmatch(r"(comparing: .*/s.*\n)+", done.stderr)
     assert done.stdout.startswith("Nothing looks broken.\n\nint8.safetensors against source.safetensors")
     assert done.stdout.count("layers.") == 3
     with Image.open(tmp_path / "errors.png") as picture:
@@ -42,12 +43,47 @@ def test_verify_ends_with_1_for_what_looks_broken_and_with_2_for_what_cannot_be_
     missing = run("verify", files[0], tmp_path / "gone.safetensors", cwd=tmp_path)
     assert missing.returncode == 2 and not missing.stdout
     assert missing.stderr.startswith("gone.safetensors: found no such file, expected a readable file.")
-    nowhere = run("verify", *files, "--picture", "no/such/folder.png", cwd=tmp_path)
-    assert nowhere.returncode == 2 and "no/such/folder.png" in nowhere.stderr
+
+
+def test_a_device_that_is_none_is_refused(files, tmp_path):
+    done = run("verify", *files, "--device", "gpu", cwd=tmp_path)
+    assert done.returncode == 2 and "device: found 'gpu', expected cpu, cuda or a certain GPU" in done.stderr
+
+
+def test_where_nothing_can_be_written_is_said_before_anything_is_compared(files, tmp_path):
+    (tmp_path / "there.png").write_bytes(b"mine")
+    for picture, text in (
+        ("no/such/folder.png", "no/such/folder.png: there is no folder"),
+        ("there.png", "there.png: exists already. Pick another name, or allow overwriting (--overwrite)."),
+        ("errors.txt", "errors.txt: found the ending .txt, expected a kind of picture, such as .png."),
+        ("errors", "errors: found no ending, expected a kind of picture, such as .png."),
+        (files[1], "source.safetensors: is read itself and cannot be the result"),
+    ):
+        done = run("verify", *files, "--picture", picture, cwd=tmp_path)
+        assert done.returncode == 2 and text in done.stderr and not done.stdout and "comparing" not in done.stderr
+    assert (tmp_path / "there.png").read_bytes() == b"mine"
+    assert run("verify", *files, "--picture", "there.png", "--overwrite", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "there.png").read_bytes() != b"mine"
+    (tmp_path / "table.csv").write_bytes(b"mine")
+    done = run("ablation", "--out", "table.csv", cwd=tmp_path)
+    assert done.returncode == 2 and "table.csv: exists already" in done.stderr and not done.stdout
+
+
+def test_overwrite_without_a_file_is_refused(files, tmp_path):
+    for arguments, option in ((("verify", *files), "--picture"), (("ablation",), "--out")):
+        done = run(*arguments, "--overwrite", cwd=tmp_path)
+        assert done.returncode == 2 and f"--overwrite: found no {option} whose file" in done.stderr and not done.stdout
+
+
+def test_a_picture_of_nothing_is_not_left_out_without_a_word(files, tmp_path):
+    done = run("verify", files[1], files[1], "--picture", "errors.png", cwd=tmp_path)
+    assert done.returncode == 0 and "No picture was written: no weight is quantized." in done.stdout
+    assert not (tmp_path / "errors.png").exists()
 
 
 def test_ablation_prints_and_writes_its_table(tmp_path):
-    done = run("ablation", "--out", "table.csv", cwd=tmp_path)
+    (tmp_path / "table.csv").write_bytes(b"mine")
+    done = run("ablation", "--out", "table.csv", "--overwrite", cwd=tmp_path)
     assert done.returncode == 0
     assert "The 17 layers with planted outliers are the first of the fragility report." in done.stdout
     with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:

@@ -1,5 +1,7 @@
 """Sound files of every layout pass, damaged ones are named, and both against their source in all arrangements."""
 
+import re
+
 import pytest
 import torch
 from host_harness import quantized_models as quantized
@@ -162,10 +164,61 @@ def test_two_branches_in_one_file_against_two_files(tmp_path, sources):
     path = two_branches(tmp_path / "both.gguf", sources)
     checks = verify(Files(path, str(sources["conditional"]), None, str(sources["unconditional"])))
     assert [check.name for check in checks] == list(BRANCHES) and not any(check.broken for check in checks)
-    swapped = verify(Files(path, str(sources["unconditional"]), None, str(sources["conditional"])))
-    assert all(len(check.broken) > 30 for check in swapped)
     with pytest.raises(CheckpointError, match="found no unconditional branch, expected the branches of both"):
         verify(Files(path, str(sources["conditional"])))
+
+
+def test_another_branch_is_told_from_damage(tmp_path, sources):
+    """One sentence instead of a table of nonsense: norms of two branches that differ look like smoothing."""
+    path = two_branches(tmp_path / "both.gguf", sources)
+    swapped = verify(Files(path, str(sources["unconditional"]), None, str(sources["conditional"])))
+    assert all(check.foreign and not check.smoothed and len(check.broken) > 30 for check in swapped)
+    lines = verify_report.text(swapped).splitlines()
+    for line, branch, other in zip(lines[:2], BRANCHES, reversed(BRANCHES), strict=True):
+        assert re.match(
+            rf"NOT MADE FROM THIS SOURCE: 19 quantized weights of both\.gguf, {branch} branch are not those of "
+            rf"{other}\.safetensors \(median -[23]\.\d dB\)\. Compare it with the file that it was made from, or with "
+            r"the other branch; if this is that file",
+            line,
+        )
+    assert "Smoothing" not in "".join(lines) and "worst first" not in "".join(lines) and len(lines) < 20
+
+
+@pytest.mark.parametrize("layout", ["int8", "int8_smooth", "fp8", "Q4_0"])
+def test_another_model_of_the_same_shapes_is_told_from_damage(tmp_path, layout):
+    write, options, _ = LAYOUTS[layout]
+    path = write(tmp_path / "file.safetensors", **options)
+    source = small.save(tmp_path / "source.safetensors", small.ideogram4(seed=1))
+    (check,) = verify(Files(str(path), str(source)))
+    assert check.foreign and verify_report.text([check]).startswith("NOT MADE FROM THIS SOURCE: ")
+
+
+def test_a_smoothed_file_against_another_branch(tmp_path):
+    record = making.spiky_record(tmp_path / "record.safetensors")
+    making.to_int8(making.fp8(tmp_path), tmp_path / "out.safetensors", records=(str(record),))
+    (check,) = verify(Files(str(tmp_path / "out.safetensors"), str(making.fp8(tmp_path, "unconditional"))))
+    assert check.foreign and not check.smoothed
+
+
+def test_a_few_bad_weights_or_empty_ones_are_damage(tmp_path, sources):
+    def most_scaled(stored):
+        for name in making.BLOCK_LINEARS[:-2]:
+            stored[f"{name}.weight_scale"].mul_(1.5)
+
+    def all_zero(stored):
+        for name in making.BLOCK_LINEARS:
+            stored[f"{name}.weight"].zero_()
+
+    for change, count in ((most_scaled, 8), (all_zero, 10)):
+        check = damaged(tmp_path / change.__name__, sources, change)
+        assert not check.foreign and len(check.broken) == count
+        assert verify_report.text([check]).startswith(f"LOOKS BROKEN: {count} of ")
+
+
+def test_a_source_of_a_branch_that_is_not_compared_is_refused(tmp_path, sources):
+    path = small.write_gguf(tmp_path / "m.gguf", FLOATS["conditional"])
+    with pytest.raises(ValueError, match=r"unconditional source: found no unconditional branch in m\.gguf to compare"):
+        verify(Files(str(path), str(sources["conditional"]), None, str(sources["unconditional"])))
 
 
 def test_two_files_against_two_branches_in_one_and_against_two_files(tmp_path, sources):
@@ -210,6 +263,6 @@ def test_an_unconditional_branch_may_lack_what_only_text_needs(tmp_path, sources
 
 def test_progress_counts_the_bytes_of_the_quantized_file(tmp_path, sources):
     heard = []
-    verify(Files(str(int8_file(tmp_path / "a")), str(sources["conditional"])), "cpu", lambda *x: heard.append(x))
-    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
-    assert heard[-1][0] == heard[-1][1] > 1_000_000
+    verify(Files(str(int8_file(tmp_path / "a")), str(sources["conditional"])), "cpu", heard.append)
+    assert [p.done_bytes for p in heard] == sorted(p.done_bytes for p in heard)
+    assert heard[-1].done_bytes == heard[-1].total_bytes > 1_000_000 and {p.stage for p in heard} == {"comparing"}

@@ -1,6 +1,7 @@
 """The save nodes in the real host: what they write loads in stock nodes and in ours, and they behave at the canvas."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -151,6 +152,9 @@ def test_a_policy_file_in_the_output_folder(save, folders):
         ({"reports": "gone.json"}, "cannot be read"),
         ({"protected": "w9"}, "'w9' fits no layer of t_conditional"),
         ({"checkpoint": "t_gone.safetensors"}, "not in models/diffusion_models any more"),
+        ({"protect_count": 4}, "number of layers to protect: found 4 without a fragility report"),
+        ({"smoothing_alpha": 0.6}, "alpha of smoothing: found 0.6 without an activation record"),
+        ({"branches": "one file for both"}, "one file for both branches: found one branch in t_conditional"),
     ],
 )
 def test_refusals(comfy_host, save, folders, monkeypatch, options, text):
@@ -163,6 +167,31 @@ def test_refusals(comfy_host, save, folders, monkeypatch, options, text):
     assert not list(folders[1].iterdir()) and not freed
     # And what is not refused makes its folder, and its room on the device.
     assert save("int8", "sub/folder/name", device="default").is_file() and len(freed) == 1
+
+
+def test_a_refused_comparison_moves_no_model_and_a_running_one_shows_its_progress(
+    comfy_host, save, folders, monkeypatch
+):
+    from lowbit.host.verify import VerifyRequest, verify_files
+
+    freed, seen = [], []
+    path = save("int8")
+    comfy_host.folder_paths.add_model_folder_path("diffusion_models", str(path.parent))
+    monkeypatch.setattr(comfy_host.comfy.model_management, "free_memory", lambda *arguments: freed.append(arguments))
+    monkeypatch.setattr(
+        comfy_host.comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *rest, **r: seen.append((value, total))
+    )
+    try:
+        request = VerifyRequest(
+            path.name, "t_conditional.safetensors", source_unconditional="t_unconditional.safetensors"
+        )
+        with pytest.raises(ValueError, match="unconditional source: found no unconditional branch in out"):
+            verify_files(request)
+        assert not freed and not seen
+        report, _ = verify_files(VerifyRequest(path.name, "t_conditional.safetensors"))
+    finally:
+        comfy_host.folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(path.parent))
+    assert report.startswith("Nothing looks broken.") and len(freed) == 1 and seen[-1][0] == seen[-1][1] > 10**6
 
 
 def test_nothing_is_overwritten_unasked(save):
@@ -248,7 +277,7 @@ def test_what_is_saved_is_found_and_loaded_by_the_loader_node(server, node, load
     inputs = {"type": "q8_0"} if node == GGUF else {}
     outputs = server.queue(prompt(node, "c_saved", **inputs), on_progress=steps.append)
     (text,) = outputs["1"]["text"]
-    assert f"{name}: 0.0" in text and "20 linear layers quantized" in text and text.splitlines()[-1].endswith(" s")
+    assert re.search(rf"{name}: \d\.\d\d MB, 20 linear layers quantized", text) and text.splitlines()[-1].endswith(" s")
     assert any(step.node_id == "1" and step.maximum and step.value == step.maximum for step in steps)
     load = {
         "1": {

@@ -1,0 +1,135 @@
+"""Options that would have no effect, and places that cannot be written to, are refused before time is spent."""
+
+import hashlib
+import json
+import pathlib
+
+import gguf
+import pytest
+import torch
+from host_harness import small_models as small
+from lowbit.convert import output_file
+from lowbit.convert.progress import size_text
+from lowbit.convert.record import FragileLayer, write_fragility_report
+from lowbit.tests.convert.making import BLOCK_LINEARS, spiky_record, to_gguf, to_int8
+
+BOTH = ((to_int8, "out.safetensors"), (to_gguf, "out.gguf"))
+
+
+@pytest.fixture
+def record(tmp_path):
+    return str(spiky_record(tmp_path / "record.safetensors"))
+
+
+@pytest.fixture
+def fragility(tmp_path):
+    write_fragility_report(tmp_path / "report.json", [FragileLayer(name, 1.0) for name in BLOCK_LINEARS])
+    return str(tmp_path / "report.json")
+
+
+def refused(convert, source, target, text, **options):
+    def report(progress):
+        raise AssertionError(f"{progress.stage} has begun")
+
+    with pytest.raises(ValueError, match=text):
+        convert(source, target, report=report, **options)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("convert, name", BOTH)
+def test_options_that_need_another_one(tmp_path, fp8_files, fragility, convert, name):
+    source, target = fp8_files["conditional"], tmp_path / name
+    text = "number of layers to protect: found 4 without a fragility report.*Name a report, or leave the number out"
+    refused(convert, source, target, text, protect_count=4)
+    refused(convert, source, target, "found 0, with which a fragility report has no effect", protect_count=0,
+            reports=(fragility,))  # fmt: skip
+    text = "one file for both branches: found one branch in conditional.safetensors. Name the file of the unconditional"
+    refused(convert, source, target, text, one_file=True)
+
+
+def test_options_of_int8_without_effect(tmp_path, fp8_files):
+    source, target = fp8_files["conditional"], tmp_path / "out.safetensors"
+    text = "alpha of smoothing: found 0.6 without an activation record, which switches smoothing on"
+    refused(to_int8, source, target, text, alpha=0.6)
+    odd = {f"blocks.{i}.w.weight": torch.randn(264, 264) for i in range(2)}
+    source = small.save(tmp_path / "odd.safetensors", odd)
+    refused(to_int8, source, target, "rotation: found no layer whose rows are a multiple of 16 long", rotate=True)
+    assert to_int8(source, target)
+
+
+def test_a_record_that_no_type_uses(tmp_path, fp8_files, record):
+    source, target = fp8_files["conditional"], tmp_path / "out.gguf"
+    text = r"record\.safetensors: found no layer in this activation record that becomes Q4_K, which alone uses it"
+    refused(to_gguf, source, target, text, policy="q8_0", records=(record,))
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"default": "Q8_0", "layers": {"layers.0.*.w1": "Q4_K"}}))
+    assert to_gguf(source, target, policy, records=(record,))
+
+
+@pytest.mark.parametrize("convert, name", BOTH)
+def test_what_one_branch_read_does_not_steer_the_other(tmp_path, fp8_files, record, fragility, convert, name):
+    source, target = fp8_files["conditional"], tmp_path / name
+    both, options = {"unconditional": str(fp8_files["unconditional"])}, {} if convert is to_int8 else {"policy": "q4_k"}
+    for what, one in (("activation records", {"records": (record,)}), ("fragility reports", {"reports": (fragility,)})):
+        text = f"{what}: found 1, expected 2: one for each branch to convert, the conditional one first"
+        refused(convert, source, target, text, **both, **one, **options)
+        twice = {name: paths * 2 for name, paths in one.items()}
+        refused(convert, source, target, f"{what}: found 2, expected 1", **twice, **options)
+    # Whoever means it says it twice.
+    protect = {"reports": (fragility,) * 2, "protect_count": 2}
+    written = convert(source, target, records=(record,) * 2, **protect, **both, **options)
+    assert [w.protected for w in written] == [2, 2]
+
+
+@pytest.mark.parametrize("make_folder", [False, True])
+def test_a_folder_that_takes_no_files_is_noticed_first(tmp_path, fp8_files, monkeypatch, make_folder):
+    def refuse(dir):
+        assert dir == str(tmp_path)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(output_file.tempfile, "TemporaryFile", refuse)
+    folder = tmp_path / "new" if make_folder else tmp_path
+    for convert, name in BOTH:
+        stages = []
+        with pytest.raises(RuntimeError, match=r"cannot be written \(Permission denied\)\. Pick a folder that you may"):
+            convert(fp8_files["conditional"], folder / name, report=stages.append, make_folder=make_folder)
+        assert not stages
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there(tmp_path, fp8_files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused(to_int8, fp8_files["conditional"], tmp_path / "out.safetensors", "found cuda:2, expected cuda:0 to cuda:1",
+            device="cuda:2")  # fmt: skip
+
+
+def test_sizes_have_the_unit_that_fits():
+    sizes = {0: "0 bytes", 999: "999 bytes", 1000: "1.00 kB", 12_345: "12.3 kB", 999_499: "999 kB", 999_501: "1.00 MB"}
+    sizes |= {187_000_000: "187 MB", 9_994_000_000: "9.99 GB", 9_996_000_000: "10.0 GB", 18_640_000_000: "18.6 GB"}
+    assert {size: size_text(size) for size in sizes} == sizes
+
+
+def test_the_recipe_names_the_branches_that_are_inside(tmp_path, fp8_files, record, fragility):
+    def recipe(path) -> dict:
+        return json.loads(gguf.GGUFReader(path).get_field("lowbit.recipe").contents())
+
+    def sha256(path) -> str:
+        return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+    hashes = {branch: sha256(path) for branch, path in fp8_files.items()}
+    other = str(spiky_record(tmp_path / "other.safetensors", seed=1))
+    options = {"records": (record, other), "reports": (fragility,) * 2, "protect_count": 2, "policy": "q4_k"}
+    source, options["unconditional"] = fp8_files["conditional"], str(fp8_files["unconditional"])
+    (together,) = to_gguf(source, tmp_path / "one.gguf", one_file=True, **options)
+    found = recipe(together.path)
+    assert found["source_sha256"] == hashes
+    for name, paths in (("activation_record", (record, other)), ("fragility_report", (fragility,) * 2)):
+        assert found[f"{name}_sha256"] == dict(zip(hashes, map(sha256, paths), strict=True))
+    for written, branch in zip(to_gguf(source, tmp_path / "two.gguf", **options), hashes, strict=True):
+        alone = recipe(written.path)
+        assert alone["source_sha256"] == {branch: hashes[branch]} and alone["protect_count"] == 2
+        assert alone["activation_record_sha256"] == {branch: found["activation_record_sha256"][branch]}
+    # From one file with both: its hash stands for either.
+    (again,) = to_gguf(together.path, tmp_path / "again.gguf", "q8_0", one_file=True)
+    assert recipe(again.path)["source_sha256"] == dict.fromkeys(hashes, sha256(together.path))
