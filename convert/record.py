@@ -6,6 +6,8 @@ An activation record is a safetensors file about one branch. For each linear lay
     <module>.mean_square   float32 [K]   mean square of each input channel
     <module>.spikiness     float32 [1]   how far outliers stand out of the layer's input
 
+Where a model has two weight sets, the metadata's `branch` says whose it is, as `branch` of a report does.
+
 A fragility report is JSON, most fragile layer first; `sqnr_db` is null where it was not measured:
 
     {"format": "lowbit_fragility_report", "version": 1,
@@ -23,6 +25,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ..loaders import CheckpointError, open_checkpoint
+from ..loaders.branches import CONDITIONAL, UNCONDITIONAL
 from ..loaders.errors import quoted
 from .file_layout import OutputTensor
 from .output_file import OutputFile, check_targets
@@ -72,6 +75,21 @@ def read_activation_record(path: str | os.PathLike) -> dict[str, LayerActivation
             raise _damaged_record(file.path, found, f"<module>.<{'|'.join(LEAVES)}>, float32 with one dimension")
         modules.setdefault(module, {})[leaf] = stored.load().clone()
     return {module: _layer(file.path, module, leaves) for module, leaves in modules.items()}
+
+
+def branch_of_record(path: str | os.PathLike) -> str | None:
+    """`conditional` or `unconditional`, or None where the record does not say. Raises CheckpointError."""
+    return _known_branch(open_checkpoint(path).metadata.get("branch"))
+
+
+def branch_of_report(path: str | os.PathLike) -> str | None:
+    """The same of a report that `read_fragility_report` has read."""
+    with open(path, "rb") as file:
+        return _known_branch(json.loads(file.read(MAX_REPORT_BYTES)).get("branch"))
+
+
+def _known_branch(name: object) -> str | None:
+    return name if name in (CONDITIONAL, UNCONDITIONAL) else None
 
 
 def check_record(path: str, record: Mapping[str, LayerActivations], weights: Mapping[str, object]) -> None:

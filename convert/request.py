@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,7 +12,14 @@ from ..loaders import CheckpointError
 from ..loaders.branch import Branch
 from .output_file import check_targets
 from .policy import PROTECT_COUNT, linears_worth_quantizing, protected_layers
-from .record import LayerActivations, check_record, read_activation_record, read_fragility_report
+from .record import (
+    LayerActivations,
+    branch_of_record,
+    branch_of_report,
+    check_record,
+    read_activation_record,
+    read_fragility_report,
+)
 from .source import Sources, open_sources
 
 
@@ -83,7 +90,22 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
     for index, (branch, target) in enumerate(zip(sources.branches, targets, strict=True)):
         prefix = prefixes[branch.name] if targets.count(target) > 1 else ""
         parts.append(_part(request, index, branch, target, prefix))
+    if len(parts) == 2:
+        for part in parts:
+            _check_branch(part.record_path, branch_of_record, part.branch.name)
+            _check_branch(part.report_path, branch_of_report, part.branch.name)
     return sources, parts
+
+
+def _check_branch(path: str | None, branch_of: Callable[[str], str | None], expected: str) -> None:
+    found = None if path is None else branch_of(path)
+    if found not in (None, expected):
+        raise CheckpointError(
+            path,
+            found=f"that it was made on the {found} branch",
+            expected=f"one of the {expected} branch",
+            todo="Name the conditional branch's file first.",
+        )
 
 
 def _check_count(request: Request) -> None:

@@ -27,6 +27,7 @@ from ..evaluation.fragility import MEASURES, PROTECT_COUNT, Fragility, panels, r
 from ..evaluation.int8_error import output_sqnr_db
 from ..evaluation.picture import draw
 from ..formats import QuantizedWeight
+from ..loaders.branches import CONDITIONAL, UNCONDITIONAL
 from . import layouts
 
 __all__ = ["MEASURES", "PROTECT_COUNT", "ReportRequest", "fragility_report", "profile_models"]
@@ -117,6 +118,8 @@ def fragility_report(profile: Profile, request: ReportRequest) -> Report:
         layers = branch.recorder.layers.values()
         tokens, calls = (max(getattr(layer, name) for layer in layers) for name in ("rows", "calls"))
         details = {"model": type(branch.patcher.model).__name__, "calls": calls, "tokens": tokens}
+        if len(profile.branches) > 1:
+            details["branch"] = UNCONDITIONAL if branch.suffix else CONDITIONAL
         records.append(paths.of("record", branch.suffix, ".safetensors"))
         write_activation_record(paths.full(records[-1]), record, {name: str(value) for name, value in details.items()})
         reports.append(paths.of("report", branch.suffix, ".json"))

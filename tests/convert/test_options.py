@@ -10,7 +10,12 @@ import torch
 from host_harness import small_models as small
 from lowbit.convert import output_file
 from lowbit.convert.progress import size_text
-from lowbit.convert.record import FragileLayer, write_fragility_report
+from lowbit.convert.record import (
+    FragileLayer,
+    read_activation_record,
+    write_activation_record,
+    write_fragility_report,
+)
 from lowbit.tests.convert.making import BLOCK_LINEARS, spiky_record, to_gguf, to_int8
 
 BOTH = ((to_int8, "out.safetensors"), (to_gguf, "out.gguf"))
@@ -79,6 +84,27 @@ def test_what_one_branch_read_does_not_steer_the_other(tmp_path, fp8_files, reco
     protect = {"reports": (fragility,) * 2, "protect_count": 2}
     written = convert(source, target, records=(record,) * 2, **protect, **both, **options)
     assert [w.protected for w in written] == [2, 2]
+
+
+def test_records_and_reports_of_the_other_branch(tmp_path, fp8_files):
+    branches, both = ("conditional", "unconditional"), {"unconditional": str(fp8_files["unconditional"])}
+    source, target = fp8_files["conditional"], tmp_path / "out.safetensors"
+    layers = [FragileLayer(name, 1.0) for name in BLOCK_LINEARS]
+    records, reports = [], []
+    for branch in branches:
+        records.append(str(tmp_path / f"{branch}.safetensors"))
+        write_activation_record(records[-1], read_activation_record(spiky_record(tmp_path / "r.safetensors")),
+                                {"branch": branch})  # fmt: skip
+        reports.append(str(tmp_path / f"{branch}.json"))
+        write_fragility_report(reports[-1], layers, {"branch": branch})
+    text = "made on the unconditional branch.*expected one of the conditional branch.*conditional branch's file first"
+    refused(to_int8, source, target, f"unconditional.safetensors.*{text}", records=tuple(records[::-1]), **both)
+    refused(
+        to_int8, source, target, f"unconditional.json.*{text}", reports=tuple(reports[::-1]), protect_count=1, **both
+    )
+    assert to_int8(source, target, records=tuple(records), reports=tuple(reports), protect_count=1, **both)
+    alone = tmp_path / "alone.safetensors"  # a file that is one branch does not say which
+    assert to_int8(both["unconditional"], alone, records=(records[1],))
 
 
 @pytest.mark.parametrize("make_folder", [False, True])

@@ -7,7 +7,7 @@ import torch
 from host_harness import graphs
 from host_harness import quantized_models as quantized
 from host_harness import small_models as small
-from lowbit.convert.record import read_activation_record, read_fragility_report
+from lowbit.convert.record import branch_of_record, branch_of_report, read_activation_record, read_fragility_report
 
 LOUD = "layers.1.feed_forward.w2"
 BRANCHES = ("conditional", "unconditional")
@@ -148,6 +148,9 @@ def test_each_branch_has_a_record_of_its_own(comfy_host, profiling, tmp_path, mo
     records = [read_activation_record(tmp_path / path) for path in found.records.split(", ")]
     assert records[0].keys() - records[1].keys() == {"llm_cond_proj"}  # which the unconditional branch never runs
     assert found.records == "p/m_00001_record.safetensors, p/m_00001_record_uncond.safetensors"
+    branches = ["conditional", "unconditional"]
+    assert [branch_of_record(tmp_path / path) for path in found.records.split(", ")] == branches
+    assert [branch_of_report(tmp_path / path) for path in found.reports.split(", ")] == branches
     again = profiling.fragility_report(profile, request(profiling, tmp_path, monkeypatch))
     assert again.reports == "p/m_00002_report.json, p/m_00002_report_uncond.json"
 
