@@ -68,7 +68,10 @@ class _UnconditionalCall:
         return executor(model, conds, x, timestep, model_options)
 
     def _is_left_out(self, model_options: dict) -> bool:
-        """Whether the guider will not ask for this call: guidance of 1 has no use for it."""
+        """Whether the guider will not ask for this call: guidance of 1 has no use for it, and context windows ask for
+        pieces of the latent, first all conditional ones."""
+        if model_options.get("context_handler") is not None:
+            return True
         return math.isclose(self._guider.cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False)
 
     def _start(self, executor, x: torch.Tensor, timestep: torch.Tensor, model_options: dict) -> None:
