@@ -182,3 +182,22 @@ def test_the_hosts_own_choice_of_dtype(comfy_host, tmp_path, kind, mode):
     stock = comfy_host.load_state_dict(quantized.floats_of(model), dtype=torch.bfloat16)
     error = quantized.relative(quantized.output(comfy_host, model), quantized.output(comfy_host, stock))
     assert error < (0.02 if mode == "exact" else 0.05)
+
+
+def test_alternating_models_leave_nothing_on_the_gpu(comfy_host, tmp_path):
+    """Loaded, sampled with a LoRA, let go: no allocation stays, whichever memory it came from."""
+    paths = [quantized.write(tmp_path, kind) for kind in ("int8_smooth", "q4_k")]
+
+    def free_bytes(rounds: int) -> int:
+        for index in range(rounds):
+            model = quantized.load(paths[index % 2], "int8", "bf16")
+            patched = quantized.add_lora(comfy_host, model, quantized.lora())
+            assert torch.isfinite(comfy_host.sample(patched, model, width=256, height=256)).all()
+            del model, patched
+            comfy_host.unload()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    before = free_bytes(4)
+    assert free_bytes(20) >= before - 2**24
