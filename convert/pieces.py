@@ -20,7 +20,7 @@ from .source import row_slices
 T = TypeVar("T")
 
 # What a piece of a worker has in elements, and how many there are at most: with the temporaries of the longest
-# quantizer 50 MB each.
+# quantizer 60 MB each.
 WORKER_ELEMENTS = 2**20
 MAX_WORKERS = 16
 

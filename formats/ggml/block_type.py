@@ -51,12 +51,17 @@ def float16_at(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return pair.view(torch.float16).to(torch.float32)
 
 
+def to_float16(scales: torch.Tensor) -> torch.Tensor:
+    """Rounded; raises ValueError where one is too large."""
+    halves = scales.to(torch.float16)
+    if not bool(torch.isfinite(halves).all()):
+        raise ValueError(f"a scale of {scales.abs().max().item():.4g} does not fit float16 (largest value 65504)")
+    return halves
+
+
 def float16_bytes(values: torch.Tensor) -> torch.Tensor:
     """float32 [n, 1] -> the two bytes of its float16, uint8 [n, 2]."""
-    halves = values.to(torch.float16)
-    if not bool(torch.isfinite(halves).all()):
-        raise ValueError(f"a scale of {values.abs().max().item():.4g} does not fit float16 (largest value 65504)")
-    return halves.contiguous().view(torch.uint8)
+    return to_float16(values).contiguous().view(torch.uint8)
 
 
 def spread_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
