@@ -6,7 +6,7 @@
     python dev.py demo                  setup, then a shipped workflow on small stand-ins in every format, with a table
     python dev.py serve [--port N]      setup, then ComfyUI with this pack and the small stand-ins in the browser
     python dev.py c-library             setup, then ggml's own C library, which tests read our GGUF files with; needs
-                                        cmake and a C++ compiler (half a minute and 100 MB)
+                                        cmake and a C++ compiler (a minute and 100 MB)
 
 COMFYUI_PATH in the environment names a ComfyUI checkout to use instead of the one that setup fetches.
 """

@@ -75,14 +75,14 @@ def main(arguments: list[str] | None = None) -> int:
             **{"target": target, "layers": size.layers, "weights": weights, "seconds": seconds},
             "disk_s": read_and_write(source, result.stat().st_size, options.workdir / "written"),
             **{"source_gb": source.stat().st_size / GB, "result_gb": result.stat().st_size / GB},
-            **{"peak_ram_gb": resident / GB, "peak_anonymous_ram_gb": anonymous / GB},
+            **{"peak_ram_gb": resident / GB, "peak_anonymous_ram_gb": "" if anonymous is None else anonymous / GB},
         }
         result.unlink()
         results.append(csv, COLUMNS, [environment | row])
         print(
             f"{target:14} {seconds:7.1f} s, reading and writing alone {row['disk_s']:.1f} s, "
-            f"{row['result_gb']:.2f} GB of {row['source_gb']:.2f}, peak {row['peak_ram_gb']:.2f} GB of RAM "
-            f"({row['peak_anonymous_ram_gb']:.2f} without mapped pages)  {verdict(row, device.type)}",
+            f"{row['result_gb']:.2f} GB of {row['source_gb']:.2f}, peak {row['peak_ram_gb']:.2f} GB of RAM  "
+            f"{verdict(row, device.type)}",
             flush=True,
         )
     source.unlink()
@@ -97,11 +97,12 @@ def verdict(row: dict, device_type: str) -> str:
     return f"most {most:.0f} s beside the disk's  {'PASS' if row['seconds'] - row['disk_s'] <= most else 'short'}"
 
 
-def run(command: list[str]) -> tuple[float, int, int]:
-    """Seconds that a command took, and its most resident and anonymous bytes. Raises RuntimeError where it fails."""
+def run(command: list[str]) -> tuple[float, int, int | None]:
+    """Seconds that a command took, and its most resident and, where the system says, anonymous bytes. Raises
+    RuntimeError where it fails."""
     import psutil
 
-    start, resident, anonymous = time.perf_counter(), 0, 0
+    start, resident, anonymous = time.perf_counter(), 0, None
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         watched = psutil.Process(process.pid)
@@ -111,7 +112,8 @@ def run(command: list[str]) -> tuple[float, int, int]:
             except psutil.NoSuchProcess:
                 break
             resident = max(resident, memory.rss)
-            anonymous = max(anonymous, memory.rss - getattr(memory, "shared", 0))
+            if hasattr(memory, "shared"):  # on Linux
+                anonymous = max(anonymous or 0, memory.rss - memory.shared)
             time.sleep(WATCH_INTERVAL_S)
         seconds = time.perf_counter() - start
         if process.wait():

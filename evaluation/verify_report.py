@@ -19,10 +19,12 @@ LARGEST_DB = 60.0
 
 def text(checks: Sequence[BranchCheck], most: int = SHOWN) -> str:
     """All branches. most: tensors listed of each."""
-    broken = sum(len(check.broken) for check in checks)
     verdicts = [_foreign_text(check) for check in checks if check.foreign]
-    if not verdicts:
-        verdicts = [f"LOOKS BROKEN: {broken} of {_count(checks)} tensors." if broken else "Nothing looks broken."]
+    others = [check for check in checks if not check.foreign]
+    broken = sum(len(check.broken) for check in others)
+    if broken:
+        verdicts.append(f"LOOKS BROKEN: {broken} of {_count(others)} tensors.")
+    verdicts = verdicts or ["Nothing looks broken."]
     return "\n".join([*verdicts, *(line for check in checks for line in ["", *_branch_lines(check, most)])])
 
 

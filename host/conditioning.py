@@ -11,7 +11,7 @@ from comfy.conds import CONDRegular
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from .parallel_branches import unconditional_device
+from .parallel_branches import other_device
 
 _KEY = "lowbit_conditioning"
 
@@ -29,7 +29,9 @@ def _sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwar
     if getattr(guider, "_uncond_conds", None) is not None:
         conds["negative"] = guider._uncond_conds
     for name, conditioning in conds.items():
-        device = unconditional_device(guider, noise.device) if name == "negative" else noise.device
+        device = noise.device
+        if name == "negative":
+            device = other_device(guider, device, extra_args.get("model_options", {})) or device
         for cond in conditioning:
             cond["model_conds"] = {key: _moved(value, device) for key, value in cond.get("model_conds", {}).items()}
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)

@@ -49,14 +49,24 @@ def file_state(path: str) -> FileState | None:
     return FileState(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+_refusals = 0
+
+
+def refusals() -> int:
+    """How often `check_not_written_to` has refused: a loader that does not know its file's name runs again after it."""
+    return _refusals
+
+
 def check_not_written_to(states: Iterable[FileState]) -> None:
     """Raise RuntimeError when a file, whose weights may still be read from the disk, was written to.
 
     Deleting it, or putting another one in its place, does no harm: whoever has it open keeps what it held.
     """
+    global _refusals
     for state in states:
         now = file_state(state.path)
         if now is not None and now.inode == state.inode and now != state:
+            _refusals += 1
             raise RuntimeError(
                 f"{os.path.basename(state.path)} was written to after it was loaded, and its weights may be read from "
                 "it until the end. Queue the prompt again, once the file is complete: it is loaded anew."

@@ -41,6 +41,8 @@ REPLACED = (
     host_feed_forward.FeedForward._forward_silu_gating,
 )
 _KEY = "lowbit_fused_block"
+FORWARD, GATING = "forward", "feed_forward._forward_silu_gating"  # of a block
+_watched: weakref.WeakSet = weakref.WeakSet()  # models whose blocks are let go with them
 KNOWN_FINGERPRINT = "d4a7aca6eef982b3"
 
 
@@ -52,14 +54,16 @@ def fuse_blocks(patcher: ModelPatcher) -> None:
     for name, block in fused:
         for attribute, function in replacements(block).items():
             patcher.add_object_patch(f"{name}.{attribute}", function)
-    weakref.finalize(patcher.model, _let_go, [block for _, block in fused]).atexit = False
+    if patcher.model not in _watched:
+        _watched.add(patcher.model)
+        weakref.finalize(patcher.model, _let_go, [block for _, block in fused]).atexit = False
 
 
 def _let_go(blocks: list[torch.nn.Module]) -> None:
     """Free the blocks of a model that is gone. A patched module refers to itself, as does one whose patch the host has
     taken back: until Python looks for cycles, such a model's file would stay open and its weights in memory."""
     for block in blocks:
-        for attribute in replacements(block):
+        for attribute in (FORWARD, GATING):
             module_name, _, function_name = attribute.rpartition(".")
             block.get_submodule(module_name).__dict__.pop(function_name, None)
 
@@ -76,8 +80,8 @@ def _follow(source: ModelPatcher, clone: ModelPatcher) -> None:
 def replacements(block: torch.nn.Module) -> dict[str, Callable]:
     """What stands in for the host's functions of one block, by dotted attribute name."""
     return {
-        "forward": _FusedBlock(block),
-        "feed_forward._forward_silu_gating": _FusedGating(block.feed_forward),
+        FORWARD: _FusedBlock(block),
+        GATING: _FusedGating(block.feed_forward),
     }
 
 

@@ -11,6 +11,7 @@ already.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from comfy.weight_adapter import WeightAdapterBase
@@ -19,7 +20,7 @@ from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 
 SMALLEST_RANK = 16  # what tensor cores take
-# Of a LoHa. Its matrices, and what they cost, grow with the square of the file's rank: those of rank 256 hold 1.2 GB
+# Of a LoHa. Its matrices, and what they cost, grow with the square of the file's rank: those of rank 256 hold 1.4 GB
 # for all linear layers of Ideogram 4's blocks, as a LoRA's of that rank.
 LARGEST_PRODUCT_RANK = 256
 
@@ -28,16 +29,34 @@ Offset = tuple[int, int, int]  # dim, start and length of the rows or columns th
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRankTerm:
-    """factor * up[N', rank] @ down[rank, K'], added to the rows or columns that `offset` names."""
+    """factor * up[N', rank] @ down[rank, K'], added to the rows or columns that `offset` names.
 
-    up: torch.Tensor
-    down: torch.Tensor
+    ups, downs: of a LoRA one matrix each. Of a LoHa, (A1 B1) * (A2 B2) element by element, two: its up holds the
+    products of all pairs of columns, its down those of all pairs of rows. They are formed on the device.
+    """
+
+    ups: tuple[torch.Tensor, ...]
+    downs: tuple[torch.Tensor, ...]
     factor: float
     offset: Offset | None
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return math.prod(down.shape[0] for down in self.downs)
+
+    def up(self, device: torch.device) -> torch.Tensor:
+        """float32 [N', rank], times the factor."""
+        first, *others = (up.to(device, torch.float32) for up in self.ups)
+        for other in others:
+            first = (first[:, :, None] * other[:, None, :]).flatten(start_dim=1)
+        return first * self.factor
+
+    def down(self, device: torch.device) -> torch.Tensor:
+        """float32 [rank, K']."""
+        first, *others = (down.to(device, torch.float32) for down in self.downs)
+        for other in others:
+            first = (first[:, None, :] * other[None, :, :]).flatten(end_dim=1)
+        return first
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,8 +128,8 @@ class SidePath:
         for term, rank in zip(self.low_rank, ranks, strict=True):
             features = slice(start, start + rank)
             rows, columns = _slices(term.offset)
-            down[features, columns] = term.down.to(device, dtype)
-            up[rows, features] = (term.up.to(device, torch.float32) * term.factor).to(dtype)
+            down[features, columns] = term.down(device).to(dtype)
+            up[rows, features] = term.up(device).to(dtype)
             start += rank
         return down, up
 
@@ -156,19 +175,15 @@ def _lora(weights: tuple, strength: float, offset: Offset | None) -> LowRankTerm
     if mid is not None or dora_scale is not None or reshape is not None:
         return None
     up, down = up.flatten(start_dim=1), down.flatten(start_dim=1)
-    return LowRankTerm(up, down, _factor(strength, alpha, down.shape[0]), offset)
+    return LowRankTerm((up,), (down,), _factor(strength, alpha, down.shape[0]), offset)
 
 
 def _loha(weights: tuple, strength: float, offset: Offset | None) -> LowRankTerm | None:
-    """(A1 B1) * (A2 B2), element by element: one low-rank product, of all pairs of columns of A1, A2 and rows of B1,
-    B2."""
     up1, down1, alpha, up2, down2, mid1, mid2, dora_scale = weights
     rank = down1.shape[0]
     if mid1 is not None or mid2 is not None or dora_scale is not None or rank * down2.shape[0] > LARGEST_PRODUCT_RANK:
         return None
-    up = (up1.float()[:, :, None] * up2.float()[:, None, :]).flatten(start_dim=1)
-    down = (down1.float()[:, None, :] * down2.float()[None, :, :]).flatten(end_dim=1)
-    return LowRankTerm(up, down, _factor(strength, alpha, rank), offset)
+    return LowRankTerm((up1, up2), (down1, down2), _factor(strength, alpha, rank), offset)
 
 
 def _lokr(weights: tuple, strength: float, offset: Offset | None, rows: int, columns: int) -> KroneckerTerm | None:

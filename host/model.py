@@ -70,6 +70,12 @@ def load_pair(request: LoadRequest, unconditional: str, unconditional_base_path:
 
 
 def _load_pair(request: LoadRequest, unconditional: str, unconditional_base_path: str | None):
+    negative_request = dataclasses.replace(
+        request,
+        path=request.path if unconditional in (SAME_FILE, NONE) else unconditional,
+        branch=UNCONDITIONAL,
+        base_path=unconditional_base_path,
+    )
     checkpoint = open_branches(request.path, HostFile)
     negative_checkpoint = None
     if unconditional == SAME_FILE:
@@ -82,9 +88,6 @@ def _load_pair(request: LoadRequest, unconditional: str, unconditional_base_path
     if negative_checkpoint is None:
         model = _build(request, branch)
         return model, model
-    negative_request = dataclasses.replace(
-        request, path=negative_checkpoint.path, branch=UNCONDITIONAL, base_path=unconditional_base_path
-    )
     # Whatever the negative branch lacks is noticed before the first model is built.
     negative_branch = negative_checkpoint.load(UNCONDITIONAL, unconditional_base_path)
     return _build(request, branch), _build(negative_request, negative_branch)
@@ -104,11 +107,11 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     compat.check_host()
     compat.allow_saving_offloaded_integers()
     settings = LoadSettings(os.path.basename(request.path), request.compute_mode, request.tune)
-    is_quantized = _is_quantized(branch)
+    is_quantized, bar = _is_quantized(branch), None
     if request.quantize and not is_quantized:
         _check_protected(request, branch)
         settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
-        settings.before_quantizing = _QuantizingBar(branch, settings.quantize_layer)
+        bar = settings.before_quantizing = _QuantizingBar(branch, settings.quantize_layer)
     model_options = {"custom_operations": make_operations(settings)}
     dtype = DTYPES[request.dtype]
     if dtype is not None:
@@ -126,7 +129,9 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     if patcher is None:
         raise _unknown_model(branch)
     _check_complete(branch, settings)
-    _log(branch, patcher)
+    if bar is not None:
+        bar.finish()
+    _log(branch, patcher, quantized_now=bar is not None)
     patcher.cached_patcher_init = (load_model, (request,))
     fused_block.fuse_blocks(adopt(patcher, request.files))
     conditioning.keep_on_device(patcher)
@@ -134,14 +139,12 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     return patcher
 
 
-def _log(branch: Branch, patcher: ModelPatcher) -> None:
-    memory = (
-        "dynamic VRAM is on: weights are read from the file where they are needed, and stay on the GPU as far as there "
-        "is room"
-        if patcher.is_dynamic()
-        else "dynamic VRAM is off: ComfyUI moves the model to its device before the first step, as a whole or in part"
-    )
-    size = f"{patcher.model_size() / 2**30:.2f} GB"
+def _log(branch: Branch, patcher: ModelPatcher, quantized_now: bool) -> None:
+    memory = "dynamic VRAM is off: ComfyUI moves the model to its device before the first step, as a whole or in part"
+    if patcher.is_dynamic():
+        source = "memory, where they were quantized" if quantized_now else "the file"
+        memory = f"dynamic VRAM is on: weights come from {source}, and stay on the GPU as far as there is room"
+    size = f"{patcher.model_size() / 2**30:.2f} GiB"
     logger.info("Lowbit: %s (%s): %s of weights; %s.", os.path.basename(branch.path), branch.name, size, memory)
 
 
@@ -150,11 +153,16 @@ class _QuantizingBar:
 
     def __init__(self, branch: Branch, quantize_layer: Callable[[str, int, int], bool]):
         names = [(key.removesuffix(".weight"), weight.shape) for key, weight in branch.weights.items()]
-        self._bar = comfy.utils.ProgressBar(sum(len(s) == 2 and quantize_layer(name, *s) for name, s in names))
+        self._total = sum(len(s) == 2 and quantize_layer(name, *s) for name, s in names)
+        self._bar = comfy.utils.ProgressBar(self._total)
 
     def __call__(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._bar.update(1)
+
+    def finish(self) -> None:
+        """The host joins some layers of diffusers' files: there are fewer to quantize than names."""
+        self._bar.update_absolute(self._total)
 
 
 def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tensor]:

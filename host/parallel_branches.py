@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import math
 
 import comfy.samplers
@@ -18,6 +19,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 _KEY = "lowbit_parallel_branches"
+_LEFT_TO_THE_HOST = ("multigpu_clones", "context_handler")  # of a sampling's options
+_SHARED = ("mask", "control", "gligen")  # of conditioning
 
 
 def run_in_parallel(patcher: ModelPatcher) -> None:
@@ -26,16 +29,27 @@ def run_in_parallel(patcher: ModelPatcher) -> None:
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, _sample)
 
 
-def unconditional_device(guider: comfy.samplers.CFGGuider, device: torch.device) -> torch.device:
-    """Where the guider's unconditional model runs: `device` where it has no second model."""
+def other_device(guider: comfy.samplers.CFGGuider, device: torch.device, model_options: dict) -> torch.device | None:
+    """The GPU on which the guider's unconditional model runs beside the conditional one on `device`, or None.
+
+    It is left to the host with whatever holds tensors of the first GPU or is shared by both calls (masks, ControlNets,
+    GLIGEN), with its own split of one model's calls, and with context windows, which ask for pieces of the latent.
+    """
     if getattr(guider, "uncond_inner", None) is None:
-        return device
-    return guider.uncond_model_patcher.load_device
+        return None
+    other = guider.uncond_model_patcher.load_device
+    if not _is_another_gpu(other, device) or any(model_options.get(name) for name in _LEFT_TO_THE_HOST):
+        return None
+    return None if any(cond.get(name) is not None for cond in guider._uncond_conds for name in _SHARED) else other
+
+
+def _is_another_gpu(device: torch.device, other: torch.device) -> bool:
+    return device != other and device.type == other.type == "cuda"
 
 
 def _sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-    device = unconditional_device(guider, noise.device)
-    if not _is_another_gpu(device, noise.device):
+    device = other_device(guider, noise.device, extra_args["model_options"])
+    if device is None:
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
     # Whatever happens, its call has ended before the host frees or unloads anything.
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="lowbit_unconditional") as thread:
@@ -45,10 +59,6 @@ def _sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwar
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
 
-def _is_another_gpu(device: torch.device, other: torch.device) -> bool:
-    return device != other and device.type == other.type == "cuda"
-
-
 class _UnconditionalCall:
     """Wraps the guider's calls of its models: the first one of a step starts the second one beside it."""
 
@@ -56,37 +66,49 @@ class _UnconditionalCall:
         self._guider, self._device, self._thread = guider, device, thread
         self._x: torch.Tensor | None = None  # the latent of the step that was started last
         self._result: concurrent.futures.Future | None = None
+        self._starts = True
 
     def __call__(self, executor, model, conds, x, timestep, model_options):
-        if model is self._guider.uncond_inner and x is self._x and self._result is not None:
-            result, self._result = self._result.result(), None
+        if model is self._guider.uncond_inner:
+            if x is self._x and self._result is not None:
+                result, self._result = self._result.result(), None
+            else:
+                result = self._run(executor, conds, *self._inputs(x, timestep, model_options))
             return [part.to(x.device) for part in result]
         # Other packs call the model again in a step: only a new latent is a new step.
-        if model is not self._guider.inner_model or x is self._x or self._is_left_out(model_options):
-            return executor(model, conds, x, timestep, model_options)
-        self._start(executor, x, timestep, model_options)
+        if model is self._guider.inner_model and x is not self._x and self._is_asked_for(model_options):
+            self._start(executor, x, timestep, model_options)
         return executor(model, conds, x, timestep, model_options)
 
-    def _is_left_out(self, model_options: dict) -> bool:
-        """Whether the guider will not ask for this call: guidance of 1 has no use for it, and context windows ask for
-        pieces of the latent, first all conditional ones."""
-        if model_options.get("context_handler") is not None:
-            return True
-        return math.isclose(self._guider.cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False)
+    def _is_asked_for(self, model_options: dict) -> bool:
+        """Whether the guider will make the second call in this step: guidance of 1 has no use for it."""
+        return not math.isclose(self._guider.cfg, 1.0) or model_options.get("disable_cfg1_optimization", False)
 
     def _start(self, executor, x: torch.Tensor, timestep: torch.Tensor, model_options: dict) -> None:
+        if self._result is not None:  # nobody came for the last one: another pack hands on other latents than it gets
+            self._result.result()  # raises what went wrong in it
+            self._result, self._starts = None, False
+        if not self._starts:
+            return
         # Copied now: later, these copies would stand behind the first model's work.
-        options = {name: value for name, value in model_options.items() if name != "multigpu_clones"}
-        transformer_options = dict(options.get("transformer_options", {}))
-        if "sample_sigmas" in transformer_options:
-            transformer_options["sample_sigmas"] = transformer_options["sample_sigmas"].to(self._device)
-        options["transformer_options"] = transformer_options
-        inputs = x.to(self._device), timestep.to(self._device), options
+        inputs = self._inputs(x, timestep, model_options)
         self._x = x
-        self._result = self._thread.submit(self._run, executor, torch.is_inference_mode_enabled(), *inputs)
+        # A thread has an inference mode and context variables of its own.
+        run, mode = contextvars.copy_context().run, torch.is_inference_mode_enabled()
+        self._result = self._thread.submit(run, self._run, executor, [self._guider._uncond_conds], *inputs, mode)
 
-    def _run(self, executor, inference_mode: bool, *inputs) -> list[torch.Tensor]:
-        # A thread has a current device and an inference mode of its own.
+    def _inputs(self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict) -> tuple:
+        """What the call takes, on its own GPU."""
+        options = {**model_options, "transformer_options": dict(model_options.get("transformer_options", {}))}
+        if "sample_sigmas" in options["transformer_options"]:
+            sigmas = options["transformer_options"]["sample_sigmas"]
+            options["transformer_options"]["sample_sigmas"] = sigmas.to(self._device)
+        return x.to(self._device), timestep.to(self._device), options
+
+    def _run(
+        self, executor, conds, x, timestep, model_options, inference_mode: bool | None = None
+    ) -> list[torch.Tensor]:
         on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
-        with on_device, torch.inference_mode(inference_mode), torch.no_grad():
-            return executor(self._guider.uncond_inner, [self._guider._uncond_conds], *inputs)
+        mode = contextlib.nullcontext() if inference_mode is None else torch.inference_mode(inference_mode)
+        with on_device, mode, torch.no_grad():
+            return executor(self._guider.uncond_inner, conds, x, timestep, model_options)

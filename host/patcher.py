@@ -135,11 +135,11 @@ class _KeepsQuantized:
             _without_patches(module)
             if key not in self.patches:
                 continue
-            patches = None
+            side = None
             if key not in self.weight_wrapper_patches:
-                patches = side_path(self.patches[key], *module.weight.shape)
-            if patches is not None:
-                module.model_patches = [patches]
+                side = side_path(self.patches[key], *module.weight.shape)
+            if side is not None:
+                module.model_patches = [side]
             else:
                 module.weight_function = [LowVramPatch(key, self.patches), *module.weight_function]
 
@@ -177,16 +177,16 @@ class LowbitModelPatcherDynamic(_KeepsQuantized, ModelPatcherDynamic):
     # The host sees no LoRA matrices on the device: they are ours, beside its own memory.
 
     def loaded_size(self):
-        return super().loaded_size() + sum(patches.device_bytes for patches in self._side_paths())
+        return super().loaded_size() + sum(side.device_bytes for side in self._side_paths())
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = super().partially_unload(device_to, memory_to_free, force_patch_weights)
         if freed < memory_to_free:
-            freed += sum(patches.release() for patches in self._side_paths())
+            freed += sum(side.release() for side in self._side_paths())
         return freed
 
     def _side_paths(self) -> list[SidePath]:
-        return [patches for _, module in self._linears() for patches in module.model_patches]
+        return [side for _, module in self._linears() for side in module.model_patches]
 
 
 class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
@@ -207,11 +207,11 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
             module = self._quantized_linear(key)
             if module is None:
                 continue
-            beside = None
+            side = None
             if key not in self.weight_wrapper_patches:
-                beside = side_path(patches, *module.weight.shape)
-            if beside is not None:
-                module.hook_patches = [beside]
+                side = side_path(patches, *module.weight.shape)
+            if side is not None:
+                module.hook_patches = [side]
             else:
                 original = self.backup[key].weight if key in self.backup else module.weight
                 module.weight_function = [*module.weight_function, _HookPatch(key, patches, original)]

@@ -93,10 +93,11 @@ def model_outputs() -> list[io.Model.Output]:
 def fingerprint(*names: str | None) -> list[str]:
     """What ComfyUI compares to tell whether a loader has to run again: the state of every file picked in its widgets.
 
-    Names that come through a link are not known here, and are None.
+    Names that come through a link are not known here, and are None: their loader runs again once its file was refused.
     """
     picked = [name for name in names if name not in (None, model.SAME_FILE, model.NONE)]
-    return [repr(files.file_state(files.full_path(name))) for name in picked]
+    states = [repr(files.file_state(files.full_path(name))) for name in picked]
+    return states if names[0] is not None else [*states, str(files.refusals())]
 
 
 def path_or_choice(name: str) -> str:

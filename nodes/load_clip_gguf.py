@@ -45,7 +45,9 @@ class LoadClipGguf(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name=None, **_others):
-        return None if clip_name is None else repr(files.file_state(files.text_encoder_path(clip_name)))
+        if clip_name is None:  # it comes through a link
+            return files.refusals()
+        return repr(files.file_state(files.text_encoder_path(clip_name)))
 
     @classmethod
     def execute(cls, clip_name, type, device="default") -> io.NodeOutput:

@@ -24,7 +24,8 @@ def test_every_target_has_a_row(tmp_path):
     for row in rows:
         assert row["device"].startswith("cpu, ") and row["layers"] == "2"
         assert 0 < float(row["disk_s"]) < float(row["seconds"])
-        assert 0 < float(row["peak_anonymous_ram_gb"]) < float(row["peak_ram_gb"])
+        if sys.platform == "linux":  # elsewhere nobody says which pages are mapped
+            assert 0 < float(row["peak_anonymous_ram_gb"]) < float(row["peak_ram_gb"])
         assert row["target"] in done.stdout
     sizes = {row["target"]: float(row["result_gb"]) for row in rows}
     assert sizes["q4_k"] < sizes["int8"] < float(rows[0]["source_gb"])

@@ -93,12 +93,14 @@ def test_the_bytes_do_not_depend_on_the_number_of_cores(tmp_path, fp8_files, rec
     convert, name, options = CONVERSIONS[kind]
     if kind != "q8_0":
         options = options | {"records": (record,)}
-    found = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        convert(fp8_files["conditional"], tmp_path / name, overwrite=True, **options)
-        found.append((tmp_path / name).read_bytes())
-    torch.set_num_threads(1)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            convert(fp8_files["conditional"], tmp_path / name, overwrite=True, **options)
+            found.append((tmp_path / name).read_bytes())
+    finally:
+        torch.set_num_threads(before)
     assert found[0] == found[1]
 
 

@@ -38,17 +38,16 @@ def test_a_module_that_older_hosts_lack(comfy_host, compat, monkeypatch):
 
 
 def test_an_older_host_starts_without_the_pack(tmp_path):
-    """Another pack takes away what an older host lacks, before the host imports this pack."""
+    """Another pack takes away what an older host lacks, in the script that the host runs before it imports any pack."""
     from host_harness.server import ComfyServer
 
     if inprocess.find_host() is None:
         pytest.skip(inprocess.missing_host_reason())
     older = tmp_path / "custom_nodes" / "a_older_host"
     older.mkdir(parents=True)
-    older.joinpath("__init__.py").write_text(
-        "import comfy.ldm.ideogram4.model\n"
-        "del comfy.ldm.ideogram4.model.Ideogram4TransformerBlock\n"
-        "NODE_CLASS_MAPPINGS = {}\n"
+    older.joinpath("__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
+    older.joinpath("prestartup_script.py").write_text(
+        "import comfy.ldm.ideogram4.model\ndel comfy.ldm.ideogram4.model.Ideogram4TransformerBlock\n"
     )
     with ComfyServer(tmp_path, test_nodes=False) as server:
         log = server.log_text()

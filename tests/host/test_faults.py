@@ -139,22 +139,24 @@ def test_the_cancel_button(server, expected, refused):
     assert torch.equal(server.latent(server.prompt("int8")), expected["int8"])
 
 
-def test_cancelling_while_layers_are_quantized(server, refused):
-    """A BF16 file loaded as INT8: the bar counts the layers of a branch, and the button ends the load."""
-    from host_harness.server import PromptError
+def test_cancelling_while_layers_are_quantized(comfy_host, server):
+    """The button is looked at before each layer, so that nothing of the load is left."""
+    from lowbit.host import model
 
+    management = comfy_host.comfy.model_management
+    path = server.folder / server.names["conditional"]
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        model.load_model(model.LoadRequest(str(path), quantize=True))
+    assert not management.processing_interrupted()
+    assert model.load_model(model.LoadRequest(str(path), quantize=True))
+
+
+def test_quantizing_while_loading_shows_a_bar(server):
+    """A BF16 file loaded as INT8: it counts the layers of a branch."""
     prompt = server.prompt("int8")
     prompt["model"]["inputs"] |= {"checkpoint": server.names["conditional"], "unconditional": "none"}
     steps = []
-
-    def cancel(progress):
-        steps.append((progress.node, progress.value, progress.maximum))
-        if progress.node == INT8 and progress.value == 1:
-            server.running.post("/interrupt", {})
-
-    with pytest.raises(PromptError, match="interrupted"):
-        server.running.queue(prompt, on_progress=cancel)
-    steps.clear()
     server.running.queue(prompt, on_progress=lambda step: steps.append((step.node, step.value, step.maximum)))
     shown = [(value, maximum) for node, value, maximum in steps if node == INT8 and maximum]
     linears = len(small.block_linears(small.ideogram4("conditional")))
@@ -237,12 +239,10 @@ def test_a_hundred_alternating_prompts_leave_nothing_behind(server, expected):
 
     def held() -> dict[str, int]:
         process = server.process()
-        maps = [
-            line for line in pathlib.Path(f"/proc/{process.pid}/maps").read_text().splitlines() if "faults-" in line
-        ]
+        maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
         return {
             "bytes": process.memory_info().rss,
-            "files": process.num_fds(),
+            "files": len(process.open_files()),  # sockets come and go with the requests
             "threads": process.num_threads(),
             "maps": maps.count("faults-"),
         }
@@ -257,7 +257,8 @@ def test_a_hundred_alternating_prompts_leave_nothing_behind(server, expected):
     before = held()
     prompts(100)
     after = held()
-    assert after["files"] <= before["files"] + 2
+    assert before["maps"] > 0
+    assert after["files"] <= before["files"]
     assert after["threads"] <= before["threads"]
     assert after["maps"] <= before["maps"]
     model_bytes = sum((server.folder / name).stat().st_size for name in server.files["int8"])

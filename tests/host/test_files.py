@@ -60,6 +60,31 @@ def test_tensors_say_where_they_lie_when_dynamic_vram_reads_files(comfy_host, fi
         )
 
 
+def test_files_that_change(comfy_host, files, tmp_path):
+    """Written to: refused, and a loader that got its name through a link runs again. Replaced or gone: no harm."""
+    from lowbit.nodes import inputs
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"1")
+    states = [files.file_state(str(path))]
+    files.check_not_written_to(states)
+    files.check_still_the_same(states)
+    linked, picked = inputs.fingerprint(None), inputs.fingerprint("same file", "none")
+    path.write_bytes(b"12")
+    with pytest.raises(RuntimeError, match=r"model\.gguf was written to after it was loaded.*Queue the prompt again"):
+        files.check_not_written_to(states)
+    assert inputs.fingerprint(None) != linked and inputs.fingerprint("same file", "none") == picked
+    other = tmp_path / "other"
+    other.write_bytes(b"123")
+    other.replace(path)
+    files.check_not_written_to(states)
+    with pytest.raises(RuntimeError, match=r"model\.gguf was replaced or removed"):
+        files.check_still_the_same(states)
+    path.unlink()
+    files.check_not_written_to(states)
+    assert files.file_state(str(path)) is None
+
+
 def test_a_refused_file_is_let_go(comfy_host, files, tmp_path, monkeypatch):
     from lowbit.loaders import CheckpointError, open_checkpoint
 

@@ -4,6 +4,7 @@ Without two GPUs the second call runs beside the first on the same device: the s
 """
 
 import threading
+import types
 
 import pytest
 import torch
@@ -91,6 +92,35 @@ def test_further_calls_in_a_step_see_the_model_itself(comfy_host, branches, monk
     sampled(comfy_host, (model, branches[1]))
     assert seen == [True, True]
     assert len(calls.threads["unconditional"]) == 2
+
+
+def test_a_pack_that_hands_on_other_latents(comfy_host, branches, monkeypatch, beside):
+    """A call that nobody comes for is made once, then no more: the image is the same."""
+    expected = sampled(comfy_host, branches, steps=3)
+    model = branches[0].clone()
+    wrappers = comfy_host.module("comfy.patcher_extension").WrappersMP
+    model.add_wrapper_with_key(
+        wrappers.CALC_COND_BATCH, "other", lambda execute, model, conds, x, *rest: execute(model, conds, x * 1.0, *rest)
+    )
+    calls = Calls(monkeypatch, branches)
+    assert torch.equal(sampled(comfy_host, (model, branches[1]), steps=3), expected)
+    assert len(calls.threads["conditional"]) == 3
+    assert [thread is threading.main_thread() for thread in calls.threads["unconditional"]].count(False) == 1
+
+
+@pytest.mark.parametrize("name", ["mask", "control", "gligen", "multigpu_clones", "context_handler"])
+def test_what_both_calls_share_is_left_to_the_host(comfy_host, beside, name):
+    from lowbit.host.parallel_branches import other_device
+
+    guider = types.SimpleNamespace(uncond_inner=object(), _uncond_conds=[{"uuid": 1}])
+    guider.uncond_model_patcher = types.SimpleNamespace(load_device=torch.device("cuda", 1))
+    device, thing = torch.device("cuda", 0), torch.ones(2)
+    assert other_device(guider, device, {}) == torch.device("cuda", 1)
+    if name in ("multigpu_clones", "context_handler"):
+        assert other_device(guider, device, {name: {"one": thing}}) is None
+    else:
+        guider._uncond_conds.append({name: thing})
+        assert other_device(guider, device, {}) is None
 
 
 def test_what_the_second_call_runs_into_reaches_the_user(comfy_host, branches, monkeypatch, beside):

@@ -1,4 +1,4 @@
-"""Nodes for tests: conditioning without a text encoder, and a latent as a file that a test can read."""
+"""Nodes for tests: conditioning without a text encoder, a latent as a file that a test can read, a model that fails."""
 
 import itertools
 import os
