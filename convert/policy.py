@@ -54,7 +54,7 @@ class GgufPolicy:
 
 def read_policy(preset_or_path: str) -> GgufPolicy:
     """A preset by name (`q4_k`), or a policy file. Raises ValueError."""
-    if preset_or_path in PRESETS:
+    if preset_or_path.lower() in PRESETS:
         return GgufPolicy(preset_or_path.upper())
     try:
         with open(preset_or_path, "rb") as file:

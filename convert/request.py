@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping
 
 import torch
 
 from ..loaders import CheckpointError
 from ..loaders.branch import Branch
+from ..loaders.branches import branch_of_name
 from .output_file import check_targets
 from .policy import PROTECT_COUNT, linears_worth_quantizing, protected_layers
 from .record import (
@@ -21,6 +23,10 @@ from .record import (
     read_fragility_report,
 )
 from .source import Sources, open_sources
+
+_OF_LORA = re.compile(r"\.(lora_(A|B|up|down)|hada_w1_a|lokr_w1|lokr_w1_a)(\.|$)")
+# Both stand in a text encoder as it is published; llama.cpp's names are refused by the loaders.
+_OF_TEXT_ENCODER = (re.compile(r"(^|\.)embed_tokens\.weight$"), re.compile(r"\.self_attn\.q_proj\.weight$"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +96,22 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
     for index, (branch, target) in enumerate(zip(sources.branches, targets, strict=True)):
         prefix = prefixes[branch.name] if targets.count(target) > 1 else ""
         parts.append(_part(request, index, branch, target, prefix))
-    if len(parts) == 2:
-        for part in parts:
-            _check_branch(part.record_path, branch_of_record, part.branch.name)
-            _check_branch(part.report_path, branch_of_report, part.branch.name)
+    for part in parts:
+        # A file of one branch says at most by its name which it is.
+        name = part.branch.name if len(parts) == 2 else branch_of_name(part.branch.path)
+        _check_branch(part.record_path, branch_of_record, name)
+        _check_branch(part.report_path, branch_of_report, name)
     return sources, parts
 
 
-def _check_branch(path: str | None, branch_of: Callable[[str], str | None], expected: str) -> None:
-    found = None if path is None else branch_of(path)
+def _check_branch(path: str | None, branch_of: Callable[[str], str | None], expected: str | None) -> None:
+    found = None if path is None or expected is None else branch_of(path)
     if found not in (None, expected):
         raise CheckpointError(
             path,
             found=f"that it was made on the {found} branch",
             expected=f"one of the {expected} branch",
-            todo="Name the conditional branch's file first.",
+            todo="Name the other branch's, or, of two, the conditional one's first.",
         )
 
 
@@ -141,12 +148,21 @@ def _targets(request: Request, branches: int) -> list[str]:
     return [request.target, f"{root}_uncond{suffix}"]
 
 
+def _other_kind(weights: Mapping[str, object]) -> str | None:
+    """What a file is that is no diffusion transformer, as far as its names say."""
+    if any(_OF_LORA.search(name) for name in weights):
+        return "a LoRA"
+    is_text_encoder = all(any(pattern.search(name) for name in weights) for pattern in _OF_TEXT_ENCODER)
+    return "a text encoder" if is_text_encoder else None
+
+
 def _part(request: Request, index: int, branch: Branch, target: str, prefix: str) -> Part:
     linears = linears_worth_quantizing(branch.weights)
-    if not linears:
+    other = _other_kind(branch.weights)
+    if not linears or other:
         raise CheckpointError(
             branch.path,
-            found="no linear layer that is worth quantizing",
+            found=other or "no linear layer that is worth quantizing",
             expected="a diffusion transformer",
             todo="Text encoders, VAEs, LoRAs and small models stay as they are.",
         )

@@ -25,6 +25,17 @@ _HASHED_BYTES = 2**23
 class SourceFile(MappedFile):
     """A mapped file that can be told that what was read so far is not needed any more."""
 
+    def __init__(self, path: str | os.PathLike):
+        self._state = _state(path)
+        super().__init__(path)
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError when the file was written to or replaced since it was opened."""
+        if _state(self.path) != self._state:
+            raise RuntimeError(
+                f"{self.path} changed while it was converted: nothing was written. Convert it once it is complete."
+            )
+
     def release(self) -> None:
         """Let the pages go that were read. Nothing writes to the mapping: they come back from the file if needed."""
         if sys.platform == "linux":
@@ -41,6 +52,20 @@ class Sources:
     def release(self) -> None:
         for file in self.files:
             file.release()
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError when one of the files changed since it was opened: a result would be of neither."""
+        for file in self.files:
+            file.check_unchanged()
+
+
+def _state(path: str | os.PathLike) -> tuple[int, ...] | None:
+    """What changes when a file is written to or replaced; None for one that cannot be looked at, and is refused."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_sources(path: str, unconditional_path: str | None = None) -> Sources:

@@ -49,6 +49,7 @@ def write_files(files: Sequence[FilePlan], overwrite: bool, sources: Sources, re
                 _write_tensors(file, plan, output, stage, sources)
         for file, output in zip(files, opened, strict=True):
             output.finish(file.layout.size_bytes)
+        sources.check_unchanged()
         # Only renaming is left, once nothing else can fail: two branches belong together.
         for output in opened:
             output.commit()

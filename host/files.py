@@ -69,7 +69,7 @@ def check_not_written_to(states: Iterable[FileState]) -> None:
             _refusals += 1
             raise RuntimeError(
                 f"{os.path.basename(state.path)} was written to after it was loaded, and its weights may be read from "
-                "it until the end. Queue the prompt again, once the file is complete: it is loaded anew."
+                "it until the last step. Queue the prompt again, once the file is complete: it is loaded anew."
             )
 
 

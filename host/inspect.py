@@ -15,6 +15,7 @@ from ..kernels import int8_linear, quantize_per_token, unpack, unpack_int8, unpa
 from ..kernels.dispatch import Op
 from ..kernels.quantized_linear import row_rotation_group
 from . import fused_block, layouts
+from .lora import side_path
 from .ops import LowbitLinear
 
 IMPLEMENTATION_NAMES = {
@@ -109,8 +110,12 @@ def _protected_text(linears: dict[str, LowbitLinear], quantized: dict) -> list[s
 def _patches_text(patcher, linears: dict[str, LowbitLinear]) -> list[str]:
     if not patcher.patches:
         return []
-    side = sum(1 for module in linears.values() if module.model_patches)
-    return [f"Patched weights: {len(patcher.patches)}, of them on a LoRA side path now: {side}", ""]
+    side = 0
+    for name, module in linears.items():
+        key = f"diffusion_model.{name}.weight"
+        if key in patcher.patches and layouts.from_host(module.weight) is not None:
+            side += side_path(key, patcher.patches[key], *module.weight.shape) is not None
+    return [f"Patched weights: {len(patcher.patches)}, of them beside a quantized weight: {side}", ""]
 
 
 def _implementations_text(quantized: dict, linears: dict[str, LowbitLinear]) -> list[str]:

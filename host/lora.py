@@ -11,6 +11,7 @@ already.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 
 import torch
@@ -18,6 +19,8 @@ from comfy.weight_adapter import WeightAdapterBase
 from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_RANK = 16  # what tensor cores take
 # Of a LoHa. Its matrices, and what they cost, grow with the square of the file's rank: those of rank 256 hold 1.4 GB
@@ -44,6 +47,11 @@ class LowRankTerm:
     def rank(self) -> int:
         return math.prod(down.shape[0] for down in self.downs)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N' and K'."""
+        return self.ups[0].shape[0], self.downs[0].shape[1]
+
     def up(self, device: torch.device) -> torch.Tensor:
         """float32 [N', rank], times the factor."""
         first, *others = (up.to(device, torch.float32) for up in self.ups)
@@ -67,6 +75,11 @@ class KroneckerTerm:
     inner: torch.Tensor
     factor: float
     offset: Offset | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """a * c and b * d."""
+        return self.outer.shape[0] * self.inner.shape[0], self.outer.shape[1] * self.inner.shape[1]
 
 
 class SidePath:
@@ -143,9 +156,17 @@ def _slices(offset: Offset | None) -> tuple[slice, slice]:
     return (part, slice(None)) if dim == 0 else (slice(None), part)
 
 
-def side_path(patches: list[tuple], N: int, K: int) -> SidePath | None:
-    """The host's patches of one weight [N, K] as a side path, or None when one of them cannot be part of it."""
-    terms = [_term(*patch, N, K) for patch in patches]
+def side_path(key: str, patches: list[tuple], N: int, K: int) -> SidePath | None:
+    """The host's patches of one weight [N, K] as a side path, or None when one of them cannot be part of it.
+
+    key: of the weight. A patch whose shapes do not fit it is left out with a line in the log, as the host does.
+    """
+    terms = []
+    for patch in patches:
+        try:
+            terms.append(_term(*patch, N, K))
+        except _MisfitError as misfit:
+            logger.warning("Lowbit: a LoRA for %s is left out: %s. It was made for another model.", key, misfit)
     return None if any(term is None for term in terms) else SidePath(terms, N, K)
 
 
@@ -157,17 +178,20 @@ def small_changes(patches: list[tuple]) -> bool:
     )
 
 
+class _MisfitError(Exception):
+    """What a patch's matrices make, and what the weight is."""
+
+
 def _term(strength, value, strength_model, offset, function, N: int, K: int) -> LowRankTerm | KroneckerTerm | None:
     if strength_model != 1.0 or function is not None:
         return None
-    if isinstance(value, LoRAAdapter):
-        return _lora(value.weights, strength, offset)
-    if isinstance(value, LoHaAdapter):
-        return _loha(value.weights, strength, offset)
-    if isinstance(value, LoKrAdapter):
-        rows, columns = (len(range(size)[part]) for size, part in zip((N, K), _slices(offset), strict=True))
-        return _lokr(value.weights, strength, offset, rows, columns)
-    return None
+    make = {LoRAAdapter: _lora, LoHaAdapter: _loha, LoKrAdapter: _lokr}.get(type(value))
+    term = None if make is None else make(value.weights, strength, offset)
+    if term is not None:
+        changed = tuple(len(range(size)[part]) for size, part in zip((N, K), _slices(offset), strict=True))
+        if term.shape != changed:
+            raise _MisfitError(f"it changes a matrix of {term.shape}, here are {changed}")
+    return term
 
 
 def _lora(weights: tuple, strength: float, offset: Offset | None) -> LowRankTerm | None:
@@ -186,7 +210,7 @@ def _loha(weights: tuple, strength: float, offset: Offset | None) -> LowRankTerm
     return LowRankTerm((up1, up2), (down1, down2), _factor(strength, alpha, rank), offset)
 
 
-def _lokr(weights: tuple, strength: float, offset: Offset | None, rows: int, columns: int) -> KroneckerTerm | None:
+def _lokr(weights: tuple, strength: float, offset: Offset | None) -> KroneckerTerm | None:
     outer, inner, alpha, outer_up, outer_down, inner_up, inner_down, mid, dora_scale = weights
     if mid is not None or dora_scale is not None:
         return None
@@ -195,8 +219,7 @@ def _lokr(weights: tuple, strength: float, offset: Offset | None, rows: int, col
         outer, rank = outer_up.float() @ outer_down.float(), outer_down.shape[0]
     if inner is None:
         inner, rank = inner_up.float() @ inner_down.float(), inner_down.shape[0]
-    sizes = [matrix.shape for matrix in (outer, inner) if matrix.dim() == 2]
-    if len(sizes) < 2 or (sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]) != (rows, columns):
+    if outer.dim() != 2 or inner.dim() != 2:
         return None
     return KroneckerTerm(outer, inner, _factor(strength, None if rank is None else alpha, rank), offset)
 

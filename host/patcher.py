@@ -8,6 +8,7 @@ were loaded in part, unloaded or patched before.
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import comfy.lora
@@ -81,6 +82,12 @@ class _KeepsQuantized:
         self._check_files()
         super().pre_run()
 
+    def cleanup(self):
+        super().cleanup()
+        # Without an error of its own a sampling ends in one here, instead of in a broken image.
+        if sys.exc_info()[0] is None:
+            self._check_files()
+
     def _check_files(self) -> None:
         # A patcher that another pack made from our class, not as a clone, knows no files.
         check_not_written_to(self.get_attachment(_FILES) or ())
@@ -137,7 +144,7 @@ class _KeepsQuantized:
                 continue
             side = None
             if key not in self.weight_wrapper_patches:
-                side = side_path(self.patches[key], *module.weight.shape)
+                side = side_path(key, self.patches[key], *module.weight.shape)
             if side is not None:
                 module.model_patches = [side]
             else:
@@ -209,7 +216,7 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
                 continue
             side = None
             if key not in self.weight_wrapper_patches:
-                side = side_path(patches, *module.weight.shape)
+                side = side_path(key, patches, *module.weight.shape)
             if side is not None:
                 module.hook_patches = [side]
             else:

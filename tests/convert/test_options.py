@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 
 import gguf
@@ -97,7 +98,7 @@ def test_records_and_reports_of_the_other_branch(tmp_path, fp8_files):
                                 {"branch": branch})  # fmt: skip
         reports.append(str(tmp_path / f"{branch}.json"))
         write_fragility_report(reports[-1], layers, {"branch": branch})
-    text = "made on the unconditional branch.*expected one of the conditional branch.*conditional branch's file first"
+    text = "made on the unconditional branch.*expected one of the conditional branch.*Name the other branch's"
     refused(to_int8, source, target, f"unconditional.safetensors.*{text}", records=tuple(records[::-1]), **both)
     refused(
         to_int8, source, target, f"unconditional.json.*{text}", reports=tuple(reports[::-1]), protect_count=1, **both
@@ -105,6 +106,47 @@ def test_records_and_reports_of_the_other_branch(tmp_path, fp8_files):
     assert to_int8(source, target, records=tuple(records), reports=tuple(reports), protect_count=1, **both)
     alone = tmp_path / "alone.safetensors"  # a file that is one branch does not say which
     assert to_int8(both["unconditional"], alone, records=(records[1],))
+
+
+def test_a_source_that_changes_meanwhile(tmp_path, fp8_files):
+    source, target = tmp_path / "source.safetensors", tmp_path / "out.gguf"
+    source.write_bytes(fp8_files["conditional"].read_bytes())
+    written = []
+
+    def report(progress):
+        if progress.stage == "writing" and not written:
+            written.append(source.stat())
+            with source.open("r+b") as file:
+                file.seek(-1, 2)
+                file.write(b"x")
+            os.utime(source, ns=(written[0].st_atime_ns, written[0].st_mtime_ns + 1_000_000_000))
+
+    with pytest.raises(RuntimeError, match=r"source\.safetensors changed while it was converted: nothing was written"):
+        to_gguf(source, target, report=report)
+    assert written and [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_files_of_other_kinds(tmp_path):
+    kinds = {
+        "a LoRA": {f"diffusion_model.layers.{i}.w.lora_A.weight": torch.zeros(512, 512) for i in range(2)},
+        "a text encoder": {
+            "model.embed_tokens.weight": torch.zeros(512, 512),
+            **{f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(512, 512) for i in range(2)},
+        },
+    }
+    for kind, tensors in kinds.items():
+        source = small.save(tmp_path / "other.safetensors", tensors)
+        refused(to_int8, source, tmp_path / "out.safetensors", f"found {kind}, expected a diffusion transformer")
+
+
+def test_a_record_that_contradicts_the_name_of_the_only_branch(tmp_path, fp8_files):
+    record = str(tmp_path / "record.safetensors")
+    activations = read_activation_record(spiky_record(tmp_path / "r.safetensors"))
+    write_activation_record(record, activations, {"branch": "conditional"})
+    source = tmp_path / "model_uncond.safetensors"
+    source.write_bytes(fp8_files["unconditional"].read_bytes())
+    text = "made on the conditional branch, expected one of the unconditional branch"
+    refused(to_int8, source, tmp_path / "out.safetensors", text, records=(record,))
 
 
 @pytest.mark.parametrize("make_folder", [False, True])

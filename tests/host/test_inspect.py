@@ -1,6 +1,7 @@
 """The inspection table: true numbers, protected layers, and what computes each op."""
 
 import pytest
+from host_harness import quantized_models as quantized
 from host_harness import small_models as small
 
 
@@ -93,3 +94,13 @@ def test_a_stock_model_and_one_with_a_lora(comfy_host, report_of, tmp_path):
     patched = quantized.add_lora(comfy_host, model, quantized.lora())
     comfy_host.comfy.model_management.load_models_gpu([patched])
     assert f"Patched weights: {len(patched.patches)}" in inspect.report(patched)
+
+
+def test_loras_are_counted_before_they_are_sampled(comfy_host, tmp_path):
+    """As the node runs: nothing is loaded yet, or something else was."""
+    from lowbit.host import inspect
+
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    for kind, beside in (("lora", 10), ("lokr", 10), ("dora", 0)):
+        text = inspect.report(quantized.add_lora(comfy_host, model, quantized.lora(kind)))
+        assert f"Patched weights: 10, of them beside a quantized weight: {beside}" in text

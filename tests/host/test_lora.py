@@ -74,7 +74,7 @@ def test_a_side_path_is_what_the_host_would_merge(comfy_host, kinds, offset):
     patches = [(0.7 + i, adapters[f"l{i}"], 1.0, offset, None) for i in range(len(kinds))]
     merged = comfy_host.comfy.lora.calculate_weight(list(patches), torch.zeros(N, K), "key")
     x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(0))
-    path, y = side_path(patches, N, K), torch.zeros(2, 5, N)
+    path, y = side_path("key", patches, N, K), torch.zeros(2, 5, N)
     if any(kind in ("lora", "loha") for kind in kinds):
         hidden, up = path.hidden_and_up(x)
         y += hidden @ up.T
@@ -83,6 +83,19 @@ def test_a_side_path_is_what_the_host_would_merge(comfy_host, kinds, offset):
     path.add_kronecker(y, x)
     torch.testing.assert_close(y, x @ merged.T, rtol=1e-4, atol=1e-4)
     assert path.device_bytes == path.release() > 0 == path.device_bytes
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_a_patch_of_another_shape_is_left_out(comfy_host, pair, caplog, kind):
+    """As in a stock model, with a line that names the layer; what fits is applied."""
+    model, _ = pair
+    fits = quantized.lora(kind, modules=["layers.0.attention.qkv"])
+    misfit = quantized.adapter(kind, "layers.1.feed_forward.w2", 256, 520)
+    expected = quantized.output(comfy_host, quantized.add_lora(comfy_host, model, fits))
+    found = quantized.output(comfy_host, quantized.add_lora(comfy_host, model, fits | misfit))
+    assert torch.equal(found, expected)
+    text = "a LoRA for diffusion_model.layers.1.feed_forward.w2.weight is left out: it changes a matrix of (256, 520)"
+    assert text in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
