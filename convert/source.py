@@ -16,6 +16,7 @@ from ..formats import QuantizedWeight
 from ..loaders import CheckpointError, MappedFile
 from ..loaders.branch import Branch, BranchedCheckpoint, open_branches
 from ..loaders.branches import CONDITIONAL, UNCONDITIONAL
+from ..loaders.file_state import file_state
 
 # Elements that are in memory as float32 at a time, with a handful of temporaries.
 CHUNK_ELEMENTS = 2**24
@@ -26,12 +27,12 @@ class SourceFile(MappedFile):
     """A mapped file that can be told that what was read so far is not needed any more."""
 
     def __init__(self, path: str | os.PathLike):
-        self._state = _state(path)
+        self._state = file_state(path)
         super().__init__(path)
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError when the file was written to or replaced since it was opened."""
-        if _state(self.path) != self._state:
+        if file_state(self.path) != self._state:
             raise RuntimeError(
                 f"{self.path} changed while it was converted: nothing was written. Convert it once it is complete."
             )
@@ -57,15 +58,6 @@ class Sources:
         """Raises RuntimeError when one of the files changed since it was opened: a result would be of neither."""
         for file in self.files:
             file.check_unchanged()
-
-
-def _state(path: str | os.PathLike) -> tuple[int, ...] | None:
-    """What changes when a file is written to or replaced; None for one that cannot be looked at, and is refused."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_sources(path: str, unconditional_path: str | None = None) -> Sources:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ import comfy.memory_management
 import folder_paths
 
 from ..loaders.errors import CheckpointError
+from ..loaders.file_state import FileState, file_state
 from ..loaders.mapped_file import MappedFile
 
 MODEL_FOLDER = "diffusion_models"
@@ -28,25 +28,6 @@ def errors_for_the_page() -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise ValueError(str(error)) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class FileState:
-    """Which file a path led to, and what the system says of it: enough to notice that it was replaced or written to."""
-
-    path: str
-    inode: int
-    size_bytes: int
-    modified_ns: int
-
-
-def file_state(path: str) -> FileState | None:
-    """The state of a file, or None where there is none to be looked at: loading it will say why."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return FileState(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 _refusals = 0

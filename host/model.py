@@ -20,10 +20,11 @@ from ..formats import Fp8Weight, QuantizedWeight
 from ..loaders.branch import Branch, load_branch, open_branches
 from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
+from ..loaders.file_state import FileState, file_state
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from ..loaders.policy import is_part, quantizes
 from . import compat, conditioning, fused_block, layouts, parallel_branches
-from .files import FileState, HostFile, check_still_the_same, errors_for_the_page, file_state
+from .files import HostFile, check_still_the_same, errors_for_the_page
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
 

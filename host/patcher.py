@@ -25,8 +25,9 @@ from comfy.model_patcher import (
 from comfy.patcher_extension import CallbacksMP
 
 from ..kernels import scratch
+from ..loaders.file_state import FileState
 from . import layouts
-from .files import FileState, check_not_written_to
+from .files import check_not_written_to
 from .lora import SidePath, side_path, small_changes
 from .ops import LowbitLinear
 

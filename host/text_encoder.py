@@ -14,9 +14,10 @@ from comfy.text_encoders.qwen3vl import QWEN3VL_VISION
 
 from ..formats import GgmlWeight
 from ..loaders.errors import CheckpointError, counted
+from ..loaders.file_state import FileState, file_state
 from ..loaders.text_encoder_gguf import TextEncoder, read_text_encoder
 from . import compat, layouts
-from .files import FileState, HostFile, check_still_the_same, errors_for_the_page, file_state
+from .files import HostFile, check_still_the_same, errors_for_the_page
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
 

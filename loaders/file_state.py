@@ -1,0 +1,25 @@
+"""Which file a path leads to, and whether it is still the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+
+@dataclasses.dataclass(frozen=True)
+class FileState:
+    """Which file a path led to, and what the system says of it: enough to notice that it was replaced or written to."""
+
+    path: str
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+
+def file_state(path: str | os.PathLike) -> FileState | None:
+    """The state of a file, or None where there is none to be looked at: loading it will say why."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return FileState(os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
