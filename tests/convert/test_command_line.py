@@ -101,6 +101,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, fp8_files):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "convert"), "gguf", str(source), str(target / "m.gguf"), "--policy", "q4_k"],
         stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # A shell starts what it runs in the background with this signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for line in process.stderr:  # the first of the stage that writes
         if line.startswith("writing"):
