@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything a developer of Lowbit needs, in .dev/ beside this file: Python packages, a real ComfyUI, small models.
 
-    python dev.py setup                 build .dev/ (about 3 minutes and 5 GB the first time, then nothing)
+    python dev.py setup                 build .dev/ (two to five minutes and 6 GB the first time, then nothing)
     python dev.py test [pytest args]    setup, then the tests
     python dev.py demo                  setup, then a shipped workflow on small stand-ins in every format, with a table
     python dev.py serve [--port N]      setup, then ComfyUI with this pack and the small stand-ins in the browser
