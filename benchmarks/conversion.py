@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
 import pathlib
 import subprocess
@@ -60,11 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         e2e_files.write_safetensors(source, model, "conditional", e2e_files.FILES["fp8"])
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        environment = results.environment()
-    else:
-        date = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-        environment = {"date": date, "device": f"cpu, {os.cpu_count()} cores", "torch": torch.__version__}
-        environment["triton"] = "none"
+    environment = results.environment(None if device.type == "cuda" else f"cpu, {os.cpu_count()} cores")
     weights = sum(torch.Size(shape).numel() for shape in model.shapes.values())
     for target in options.targets:
         kind, name, *more = TARGETS[target]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import math
@@ -13,7 +12,6 @@ import time
 import traceback
 from typing import Any
 
-import torch
 from host_harness import small_models
 
 from . import e2e_files, e2e_measure, e2e_model, e2e_profile, e2e_table, results
@@ -200,8 +198,4 @@ def with_free(free_vram_gb: float | None) -> str:
 
 def environment(host: Host) -> dict[str, str]:
     """The columns that all rows of one run share."""
-    if host.cuda:
-        return results.environment() | {"comfyui": host.version}
-    date = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-    versions = {"torch": torch.__version__, "triton": "none", "comfyui": host.version}
-    return {"date": date, "device": "cpu", **versions}
+    return results.environment(None if host.cuda else "cpu") | {"comfyui": host.version}

@@ -17,13 +17,14 @@ from . import shapes
 ENVIRONMENT = ("date", "device", "torch", "triton")
 
 
-def environment() -> dict[str, str]:
-    """The columns that all rows of one run share: the date tells runs apart."""
+def environment(cpu: str | None = None) -> dict[str, str]:
+    """The columns that all rows of one run share: the date tells runs apart. cpu: names the device of a run without a
+    GPU, which uses no Triton either."""
     return {
         "date": datetime.datetime.now().isoformat(sep=" ", timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
+        "device": cpu or torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": "none" if cpu else _triton_version(),
     }
 
 

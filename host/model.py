@@ -20,7 +20,7 @@ from ..formats import Fp8Weight, QuantizedWeight
 from ..loaders.branch import Branch, load_branch, open_branches
 from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
-from ..loaders.file_state import FileState, file_state
+from ..loaders.file_state import FileState, file_states
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from ..loaders.policy import is_part, quantizes
 from . import compat, conditioning, fused_block, layouts, parallel_branches
@@ -56,8 +56,7 @@ class LoadRequest:
     files: tuple[FileState, ...] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        states = (file_state(path) for path in (self.path, self.base_path) if path is not None)
-        object.__setattr__(self, "files", tuple(state for state in states if state is not None))
+        object.__setattr__(self, "files", file_states(self.path, self.base_path))
 
 
 def load_pair(request: LoadRequest, unconditional: str, unconditional_base_path: str | None = None):

@@ -13,6 +13,7 @@ import contextlib
 import contextvars
 import math
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -108,7 +109,6 @@ class _UnconditionalCall:
     def _run(
         self, executor, conds, x, timestep, model_options, inference_mode: bool | None = None
     ) -> list[torch.Tensor]:
-        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
         mode = contextlib.nullcontext() if inference_mode is None else torch.inference_mode(inference_mode)
-        with on_device, mode, torch.no_grad():
+        with comfy.model_management.cuda_device_context(self._device), mode, torch.no_grad():
             return executor(self._guider.uncond_inner, conds, x, timestep, model_options)

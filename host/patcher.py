@@ -143,13 +143,15 @@ class _KeepsQuantized:
             _without_patches(module)
             if key not in self.patches:
                 continue
-            side = None
-            if key not in self.weight_wrapper_patches:
-                side = side_path(key, self.patches[key], *module.weight.shape)
+            side = self._side_path(key, self.patches[key], module)
             if side is not None:
                 module.model_patches = [side]
             else:
                 module.weight_function = [LowVramPatch(key, self.patches), *module.weight_function]
+
+    def _side_path(self, key: str, patches: list[tuple], module: LowbitLinear) -> SidePath | None:
+        """The patches of a weight beside it, or None where they, or a pack that wraps it, have to see the weight."""
+        return None if key in self.weight_wrapper_patches else side_path(key, patches, *module.weight.shape)
 
     def _is_packed_again(self, key: str, module: LowbitLinear) -> bool:
         """Whether the patches of a quantized weight are left to the host, which merges them into it."""
@@ -215,9 +217,7 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
             module = self._quantized_linear(key)
             if module is None:
                 continue
-            side = None
-            if key not in self.weight_wrapper_patches:
-                side = side_path(key, patches, *module.weight.shape)
+            side = self._side_path(key, patches, module)
             if side is not None:
                 module.hook_patches = [side]
             else:

@@ -14,7 +14,7 @@ from comfy.text_encoders.qwen3vl import QWEN3VL_VISION
 
 from ..formats import GgmlWeight
 from ..loaders.errors import CheckpointError, counted
-from ..loaders.file_state import FileState, file_state
+from ..loaders.file_state import FileState, file_states
 from ..loaders.text_encoder_gguf import TextEncoder, read_text_encoder
 from . import compat, layouts
 from .files import HostFile, check_still_the_same, errors_for_the_page
@@ -45,8 +45,7 @@ class TextEncoderRequest:
     files: tuple[FileState, ...] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        state = file_state(self.path)
-        object.__setattr__(self, "files", () if state is None else (state,))
+        object.__setattr__(self, "files", file_states(self.path))
 
 
 def load_clip(request: TextEncoderRequest, disable_dynamic: bool = False) -> comfy.sd.CLIP:

@@ -23,3 +23,9 @@ def file_state(path: str | os.PathLike) -> FileState | None:
     except (OSError, ValueError):
         return None
     return FileState(os.fspath(path), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def file_states(*paths: str | os.PathLike | None) -> tuple[FileState, ...]:
+    """The states of the files that there are; None stands for no file."""
+    states = (file_state(path) for path in paths if path is not None)
+    return tuple(state for state in states if state is not None)
