@@ -65,8 +65,15 @@ def convert(options: argparse.Namespace, report) -> list:
         device=options.device,
     )
     if options.container == "int8":
-        return convert_to_int8(request, Int8Options(options.convrot, options.smooth_alpha), report)
-    return convert_to_gguf(request, GgufOptions(read_policy(options.policy), options.architecture), report)
+        return convert_to_int8(request, Int8Options(options.convrot, options.smooth_alpha), report, _remark)
+    return convert_to_gguf(request, GgufOptions(read_policy(options.policy), options.architecture), report, _remark)
+
+
+def _remark(parts: list) -> None:
+    from lowbit.convert.remarks import remarks
+
+    for remark in remarks(parts):
+        sys.stderr.write(f"{remark}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,10 +129,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 0:
-        raise argparse.ArgumentTypeError(f"a number of layers, found {text}")
-    return count
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of layers, found {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pathlib
 import re
 from collections.abc import Mapping
 
+from ..loaders.branches import BRANCHES
 from .gguf_header import FILE_TYPES, QUANTIZATION_VERSION
 
 RECIPE = "lowbit.recipe"
@@ -30,6 +31,16 @@ def tool_version() -> str:
 def recipe_text(settings: Mapping[str, object]) -> str:
     """The recipe as JSON: the options, and the hashes of the files that were read."""
     return json.dumps({"tool": "lowbit", "version": tool_version(), **settings})
+
+
+def branch_of_recipe(metadata: Mapping[str, object]) -> str | None:
+    """The one branch that a file says it was made from; None for several, for none, and for files of others."""
+    try:
+        sources = json.loads(metadata[RECIPE])["source_sha256"]
+        (branch,) = sources
+    except (LookupError, ValueError, TypeError, RecursionError):  # others may write anything under this name
+        return None
+    return branch if branch in BRANCHES else None
 
 
 def safetensors_metadata(source: Mapping[str, object], recipe: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -86,12 +86,14 @@ def open_sources(path: str, unconditional_path: str | None = None) -> Sources:
     return Sources(branches, tuple(files))
 
 
+def shared_count(weights: Mapping[str, object], others: Mapping[str, object]) -> int:
+    """How many weights have the name and shape of one of the others."""
+    return sum(name in others and tuple(w.shape) == tuple(others[name].shape) for name, w in weights.items())
+
+
 def _check_pair(conditional: Branch, unconditional: Branch) -> None:
     """The second branch has the weights of the first, but for what only text needs."""
-    shared = sum(
-        name in conditional.weights and tuple(weight.shape) == tuple(conditional.weights[name].shape)
-        for name, weight in unconditional.weights.items()
-    )
+    shared = shared_count(unconditional.weights, conditional.weights)
     if 2 * shared < len(unconditional.weights):
         raise CheckpointError(
             unconditional.path,

@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_verify.add_argument("--source-unconditional", metavar="FILE", help="the source of that branch, likewise")
     to_verify.add_argument("--device", default="cpu", help="what computes: cpu (default), cuda, cuda:1")
-    to_verify.add_argument("--most", type=_count, default=24, metavar="N", help="tensors listed of each branch (24)")
+    to_verify.add_argument(
+        "--most", type=_count, default=24, metavar="N", help="tensors listed of each branch (24), 0 for none"
+    )
     to_verify.add_argument("--picture", metavar="FILE", help="write a picture of the errors, such as errors.png")
     to_verify.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
     of_recipe = commands.add_parser("ablation", help="what recipes are worth on a model with known outliers")
@@ -106,10 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 0:
-        raise argparse.ArgumentTypeError(f"a number of tensors, found {text}")
-    return count
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of tensors, found {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from ..convert.source import SourceFile
+from ..convert.source import SourceFile, shared_count
 from ..loaders import CheckpointError
 from ..loaders.branch import Branch, BranchedCheckpoint, open_branches
 from ..loaders.branches import CONDITIONAL, ONLY, UNCONDITIONAL, branch_of_name
@@ -80,4 +80,22 @@ def _branches(path: str, unconditional: str | None, open_file) -> dict[str, Bran
 def _pair(name: str, quantized: BranchedCheckpoint, source: BranchedCheckpoint) -> Pair:
     branch = CONDITIONAL if name == ONLY else name
     linears_only = quantized.needs_base(branch)
-    return Pair(name, quantized.load(branch, source.path if linears_only else None), source.load(branch), linears_only)
+    loaded = quantized.load(branch, source.path if linears_only else None)
+    pair = Pair(name, loaded, source.load(branch), linears_only)
+    _check_same_model(pair)
+    return pair
+
+
+def _check_same_model(pair: Pair) -> None:
+    """Refuses files of which hardly a weight could be compared. One that lacks weights of its source is another case:
+    those that it has are the source's."""
+    weights, others = pair.quantized.weights, pair.source.weights
+    shared = shared_count(weights, others)
+    if 4 * shared < min(len(weights), len(others)):
+        name = os.path.basename(pair.source.path)
+        raise CheckpointError(
+            pair.quantized.path,
+            found=f"{shared} of {len(weights)} weights with a name and shape that {name} has too",
+            expected="nearly all",
+            todo="It belongs to another model, or to this one under other names: pick the file that it was made from.",
+        )

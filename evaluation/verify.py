@@ -63,8 +63,8 @@ class TensorCheck:
 @dataclasses.dataclass(frozen=True)
 class BranchCheck:
     """smoothed: how many weights carry folded smoothing, as their source then does too. linears_only: see `Pair`.
-    foreign: the quantized matrices that are not the source's, where nearly all are not: the file was made from another
-    one. Empty otherwise."""
+    foreign: the matrices that are not the source's, where nearly all are not: the file was made from another one. Only
+    quantized ones, if there are any. Empty otherwise."""
 
     quantized_path: str
     source_path: str
@@ -126,7 +126,8 @@ def _check_branch(pair: Pair, device, advance: Advance) -> BranchCheck:
 
 def _foreign(matrices: list[TensorCheck]) -> list[TensorCheck]:
     """Those of another model's, see `BranchCheck`. Norms do not count: they are alike in all models."""
-    compared = [check for check in matrices if check.format.startswith(QUANTIZED) and check.sqnr_db is not None]
+    compared = [check for check in matrices if check.sqnr_db is not None]
+    compared = [check for check in compared if check.format.startswith(QUANTIZED)] or compared
     off = [check for check in compared if check.problems and ALL_ZERO not in check.problems]
     return off if len(off) >= max(FOREIGN_COUNT, FOREIGN_SHARE * len(compared)) else []
 

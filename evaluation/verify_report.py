@@ -18,7 +18,7 @@ LARGEST_DB = 60.0
 
 
 def text(checks: Sequence[BranchCheck], most: int = SHOWN) -> str:
-    """All branches. most: tensors listed of each."""
+    """All branches. most: tensors listed of each; 0 for none."""
     verdicts = [_foreign_text(check) for check in checks if check.foreign]
     others = [check for check in checks if not check.foreign]
     broken = sum(len(check.broken) for check in others)
@@ -31,10 +31,11 @@ def text(checks: Sequence[BranchCheck], most: int = SHOWN) -> str:
 def _foreign_text(check: BranchCheck) -> str:
     median = statistics.median(tensor.sqnr_db for tensor in check.foreign)
     quantized, source = os.path.basename(check.quantized_path), os.path.basename(check.source_path)
+    weights = "quantized weights" if check.foreign[0].format.startswith(QUANTIZED) else "weights"
     return (
-        f"NOT MADE FROM THIS SOURCE: {len(check.foreign)} quantized weights of {quantized}{_branch_text(check)} are "
-        f"not those of {source} (median {median:.1f} dB). Compare it with the file that it was made from, or with the "
-        "other branch; if this is that file, it is damaged throughout."
+        f"NOT MADE FROM THIS SOURCE: {len(check.foreign)} {weights} of {quantized}{_branch_text(check)} are not those "
+        f"of {source} (median {median:.1f} dB). The files seem to belong to different models or branches: compare it "
+        "with the file that it was made from. If this is that file, it is damaged throughout."
     )
 
 
@@ -68,9 +69,12 @@ def _branch_lines(check: BranchCheck, most: int) -> list[str]:
     lines += ["", *_formats(check.tensors), ""]
     if check.foreign:
         return lines[:-1]
-    shown = [tensor for tensor in check.tensors if tensor.problems or _is_inexact(tensor)][:most]
-    if not shown:
+    worth_showing = [tensor for tensor in check.tensors if tensor.problems or _is_inexact(tensor)]
+    if not worth_showing:
         return [*lines, "All tensors are those of the source."]
+    shown = worth_showing[:most]
+    if not shown:
+        return lines[:-1]
     width = max(len(tensor.name) for tensor in shown)
     lines.append(f"{'worst first':<{width}}  {'format':<14}{'SQNR, dB':>9}")
     for tensor in shown:

@@ -18,10 +18,12 @@ from ..convert.int8 import Int8Options
 from ..convert.job import Written, convert_to_gguf, convert_to_int8
 from ..convert.policy import PRESETS, PROTECT_COUNT, read_policy
 from ..convert.progress import Progress
+from ..convert.remarks import remarks
 from ..convert.request import Part, Request
 from ..convert.smoothing import DEFAULT_ALPHA
 from ..loaders.branch import Branch
 from ..loaders.errors import CheckpointError
+from ..loaders.file_state import file_states
 from . import files, model
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ DEVICES = ("default", "cpu")
 BRANCH_FILES = ("one file each", "one file for both")
 # In the output folder: the host looks for diffusion models there too.
 TARGET_FOLDER = files.MODEL_FOLDER
+# By which a file's name says that it holds a model.
+_MODEL_ENDINGS = {".gguf", *folder_paths.supported_pt_extensions}
 # What the temporaries of a few rows take on a GPU.
 _DEVICE_BYTES = 2 * 2**30
 _LOG_INTERVAL_S = 10.0
@@ -40,9 +44,9 @@ _LOG_INTERVAL_S = 10.0
 class SaveRequest:
     """What the save nodes share.
 
-    checkpoint: a picked file. unconditional: another one, or `same file`. filename: of the result without its ending,
-    in the output folder's TARGET_FOLDER. branches: one of BRANCH_FILES. protected, reports, records: texts of names,
-    separated by commas; files are named from the output folder. device: one of DEVICES.
+    checkpoint: a picked file. unconditional: another one, or `same file`. filename: of the result, with or without its
+    ending, in the output folder's TARGET_FOLDER. branches: one of BRANCH_FILES. protected, reports, records: texts of
+    names, separated by commas; files are named from the output folder. device: one of DEVICES.
     """
 
     checkpoint: str
@@ -84,25 +88,25 @@ class ChosenDevice:
 
 
 def _run(request: SaveRequest, suffix: str, convert: Callable[..., list[Written]], options) -> str:
-    chosen = ChosenDevice(request.device)
+    chosen, remarked = ChosenDevice(request.device), []
 
     def on_checked(parts: list[Part]) -> None:
         for part in parts:
             _refuse_diffusers(part.branch)
+        for remark in remarks(parts):
+            remarked.append(remark)
+            logger.warning("Lowbit: %s", remark)
         chosen.make_room()
 
     with files.errors_for_the_page():
         asked = _request(request, suffix, chosen.device)
         start = time.monotonic()
         written = convert(asked, options, HostProgress(), on_checked)
-    return "\n".join([*map(str, written), f"{time.monotonic() - start:.0f} s"])
+    return "\n".join([*remarked, *map(str, written), f"{time.monotonic() - start:.0f} s"])
 
 
 def _request(request: SaveRequest, suffix: str, device: torch.device) -> Request:
-    filename = request.filename.strip().removesuffix(suffix)
-    if not filename:
-        raise ValueError("filename: found none, expected a name for the file to write.")
-    target = _in_output_folder(os.path.join(TARGET_FOLDER, filename + suffix))
+    target = _in_output_folder(os.path.join(TARGET_FOLDER, _without_ending(request.filename.strip(), suffix) + suffix))
     return Request(
         source=files.full_path(request.checkpoint),
         target=target,
@@ -116,6 +120,24 @@ def _request(request: SaveRequest, suffix: str, device: torch.device) -> Request
         device=str(device),
         make_folder=True,
     )
+
+
+def _without_ending(filename: str, suffix: str) -> str:
+    """A name without the ending that the file will get. Raises ValueError for no name and for one of another kind."""
+    ending = os.path.splitext(filename)[1].lower()
+    if ending != suffix and ending in _MODEL_ENDINGS:
+        raise ValueError(f"filename: found the ending {ending} in {filename}, expected {suffix}, or no ending at all.")
+    while filename.lower().endswith(suffix):
+        filename = filename[: -len(suffix)]
+    if not os.path.basename(filename):
+        raise ValueError("filename: found none, expected a name for the file to write.")
+    return filename
+
+
+def states_in_output_folder(*texts: str | None) -> list[str]:
+    """The states of the files that texts of names, as in SaveRequest, name in the output folder; None names none."""
+    names = [name for text in texts if text is not None for name in _names(text)]
+    return [repr(state) for state in file_states(*map(_in_output_folder, names))]
 
 
 def _names(text: str) -> tuple[str, ...]:

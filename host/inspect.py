@@ -13,7 +13,7 @@ from comfy.quant_ops import QuantizedTensor
 from ..formats import GgmlWeight, Int8Weight
 from ..kernels import int8_linear, quantize_per_token, unpack, unpack_int8, unpack_to_int8
 from ..kernels.dispatch import Op
-from ..kernels.quantized_linear import row_rotation_group
+from ..kernels.quantized_linear import SMALL_M, row_rotation_group
 from . import fused_block, layouts
 from .lora import side_path
 from .ops import LowbitLinear
@@ -31,7 +31,6 @@ class _Row:
     layers: int = 0
     parameters: int = 0
     size_bytes: int = 0
-    shapes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, parameters: int, size_bytes: int) -> None:
         self.layers += 1
@@ -84,11 +83,14 @@ def _format_table(rows: dict[str, _Row]) -> list[str]:
         total.layers += row.layers
         total.parameters += row.parameters
         total.size_bytes += row.size_bytes
-    lines = [f"{'format':<16}{'tensors':>8}{'parameters':>14}{'bits/weight':>13}{'size':>11}"]
+    width = max([16, *(len(name) + 1 for name in rows)])
+    lines = [f"{'format':<{width}}{'tensors':>8}{'parameters':>14}{'bits/weight':>13}{'size':>11}"]
     ordered = sorted(rows.items(), key=lambda item: -item[1].size_bytes)
     for name, row in [*ordered, ("all", total)]:
         bits = 8 * row.size_bytes / max(row.parameters, 1)
-        lines.append(f"{name:<16}{row.layers:>8}{row.parameters:>14,}{bits:>13.2f}{_size_text(row.size_bytes):>11}")
+        lines.append(
+            f"{name:<{width}}{row.layers:>8}{row.parameters:>14,}{bits:>13.2f}{_size_text(row.size_bytes):>11}"
+        )
     return lines
 
 
@@ -115,30 +117,32 @@ def _patches_text(patcher, linears: dict[str, LowbitLinear]) -> list[str]:
         key = f"diffusion_model.{name}.weight"
         if key in patcher.patches and layouts.from_host(module.weight) is not None:
             side += side_path(key, patcher.patches[key], *module.weight.shape) is not None
-    return [f"Patched weights: {len(patcher.patches)}, of them beside a quantized weight: {side}", ""]
+    beside = f"for {side} of them the patch is added beside the quantized weight"
+    return [f"Patched weights: {len(patcher.patches)} ({beside})", ""]
 
 
 def _implementations_text(quantized: dict, linears: dict[str, LowbitLinear]) -> list[str]:
     if not quantized:
         return []
     device = comfy.model_management.get_torch_device()
-    lines = [f"On {_device_name(device)}, a layer of each format computes as follows ({TOKENS} tokens):"]
+    lines = [f"On {_device_name(device)}, a layer of each format is computed as follows ({TOKENS} tokens):"]
     seen = set()
     for name, weight in quantized.items():
         if weight.format_name in seen:
             continue
         seen.add(weight.format_name)
         mode = linears[name].mode
-        lines.append(f"  {weight.format_name}: {_mode_text(mode)}")
+        lines.append(f"  {weight.format_name}: {_mode_text(weight, mode)}")
         for op, call in _calls(weight, mode, device):
             lines.append(f"    {op.name}: {_answers_text(op, call)}")
     return lines
 
 
-def _mode_text(mode: str) -> str:
+def _mode_text(weight, mode: str) -> str:
     if mode == "int8":
-        return "int8 product (activations quantized per token; at most 16 tokens: floats)"
-    return "exact (weight unpacked, then PyTorch's product; INT8 weights and at most 16 tokens: not unpacked)"
+        return f"int8 product (activations quantized per token; for at most {SMALL_M} tokens they stay floats)"
+    few = f"; for at most {SMALL_M} tokens it stays INT8" if isinstance(weight, Int8Weight) else ""
+    return f"exact (weight unpacked, then PyTorch's product{few})"
 
 
 def _calls(weight, mode: str, device: torch.device) -> list[tuple[Op, object]]:
@@ -178,7 +182,7 @@ def _answers_text(op: Op, call: object) -> str:
     answers = op.refusals(call)
     chosen = next((name for name, reason in answers.items() if reason is None), "nothing")
     refused = [
-        f"{IMPLEMENTATION_NAMES.get(name, name)} {reason}" for name, reason in answers.items() if reason is not None
+        f"{IMPLEMENTATION_NAMES.get(name, name)}: it {reason}" for name, reason in answers.items() if reason is not None
     ]
     chosen = IMPLEMENTATION_NAMES.get(chosen, chosen)
     return chosen + (f" (not {'; not '.join(refused)})" if refused else "")

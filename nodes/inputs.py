@@ -95,9 +95,14 @@ def fingerprint(*names: str | None) -> list[str]:
 
     Names that come through a link are not known here, and are None: their loader runs again once its file was refused.
     """
-    picked = [name for name in names if name not in (None, model.SAME_FILE, model.NONE)]
-    states = [repr(files.file_state(files.full_path(name))) for name in picked]
+    states = file_states(*names)
     return states if names[0] is not None else [*states, str(files.refusals())]
+
+
+def file_states(*names: str | None) -> list[str]:
+    """The state of every file among the names that are picked in a node's widgets; None came through a link."""
+    picked = [name for name in names if name not in (None, model.SAME_FILE, model.NONE)]
+    return [repr(files.file_state(files.full_path(name))) for name in picked]
 
 
 def path_or_choice(name: str) -> str:

@@ -41,6 +41,10 @@ class SaveAsGguf(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **picked):
+        return save_inputs.fingerprint(**picked)
+
+    @classmethod
     def execute(cls, type, policy_file="", **shared) -> io.NodeOutput:
         report = convert.save_as_gguf(save_inputs.request(**shared), type, policy_file)
         return io.NodeOutput(report, ui=ui.PreviewText(report))

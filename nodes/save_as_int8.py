@@ -45,6 +45,10 @@ class SaveAsInt8(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **picked):
+        return save_inputs.fingerprint(**picked)
+
+    @classmethod
     def execute(cls, convrot=False, smoothing_alpha=convert.DEFAULT_ALPHA, **shared) -> io.NodeOutput:
         report = convert.save_as_int8(save_inputs.request(**shared), convrot, smoothing_alpha)
         return io.NodeOutput(report, ui=ui.PreviewText(report))

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..host import convert, files, model
+from . import inputs
 
 
 def files_to_convert(default_name: str) -> list[io.Input]:
@@ -108,6 +109,22 @@ def request(
         checkpoint, unconditional, filename, branches, overwrite, protected_layers, fragility_report, protect_count,
         activation_record, device,
     )  # fmt: skip
+
+
+def fingerprint(
+    checkpoint=None,
+    unconditional=None,
+    fragility_report=None,
+    activation_record=None,
+    policy_file=None,
+    **_others,
+) -> list[str]:
+    """What ComfyUI compares to tell whether a save node has to run again: the state of every file that it reads.
+
+    Names that come through a link are not known here, and are None.
+    """
+    named = convert.states_in_output_folder(fragility_report, activation_record, policy_file)
+    return [*inputs.file_states(checkpoint, unconditional), *named]
 
 
 def report() -> io.String.Output:

@@ -1,7 +1,7 @@
 from comfy_api.latest import io, ui
 
 from ..host import files, model, verify
-from . import save_inputs
+from . import inputs, save_inputs
 
 
 class VerifyQuantized(io.ComfyNode):
@@ -44,6 +44,10 @@ class VerifyQuantized(io.ComfyNode):
                 io.Image.Output("picture", display_name="picture", tooltip="Errors by kind of layer and depth."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint=None, source=None, unconditional=None, source_unconditional=None, **_others):
+        return inputs.file_states(checkpoint, source, unconditional, source_unconditional)
 
     @classmethod
     def execute(

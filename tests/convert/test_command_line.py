@@ -74,10 +74,24 @@ def test_errors_are_a_sentence_and_no_traceback(tmp_path, fp8_files):
         result = run(*arguments, cwd=tmp_path)
         assert result.returncode == 1 and result.stdout == ""
         assert text in result.stderr and "Traceback" not in result.stderr
-    for arguments, text in ((("int8",), "required: source, target"), (("int8", "a", "b", "--protect-top", "-1"), "-1")):
+    for arguments, text in (
+        (("int8",), "required: source, target"),
+        (("int8", "a", "b", "--protect-top", "-1"), "expected a number of layers, found '-1'"),
+    ):
         result = run(*arguments)
         assert result.returncode == 2 and text in result.stderr
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_is_remarked_is_a_line_and_no_refusal(tmp_path, fp8_files):
+    to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", "q8_0")
+    shutil.copy(fp8_files["unconditional"], tmp_path / "m_uncond.safetensors")
+    result = run("int8", "m_uncond.safetensors", "out.safetensors", "--unconditional", "m.gguf", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.count("out") == 2
+    remarked = result.stderr.splitlines()[:2]
+    assert remarked[0].startswith("m.gguf is quantized already (gguf_q8_0): ")
+    assert remarked[1].startswith("m_uncond.safetensors is converted as the conditional branch, but its name says")
+    assert "is converted as" not in "".join(result.stderr.splitlines()[2:])
 
 
 def test_help_names_every_option_without_importing_torch(tmp_path):

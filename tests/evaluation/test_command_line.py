@@ -33,6 +33,18 @@ def test_verify_prints_a_table_and_writes_a_picture(files, tmp_path):
         assert picture.width > 300
 
 
+def test_verify_lists_as_many_tensors_as_asked_for(files, tmp_path):
+    none = run("verify", *files, "--most", "0", cwd=tmp_path)
+    assert none.returncode == 0 and none.stdout.startswith("Nothing looks broken.\n\nint8.safetensors against")
+    assert "median, dB" in none.stdout and "layers." not in none.stdout and "worst first" not in none.stdout
+    assert "All tensors are those of the source" not in none.stdout
+    same = run("verify", files[1], files[1], "--most", "0", cwd=tmp_path)
+    assert same.returncode == 0 and "All tensors are those of the source." in same.stdout
+    for count in ("-1", "many"):
+        refused = run("verify", *files, "--most", count, cwd=tmp_path)
+        assert refused.returncode == 2 and f"expected a number of tensors, found '{count}'" in refused.stderr
+
+
 def test_verify_ends_with_1_for_what_looks_broken_and_with_2_for_what_cannot_be_compared(files, tmp_path):
     stored = load_file(files[0])
     stored["layers.0.attention.o.weight"].zero_()

@@ -177,8 +177,8 @@ def test_another_branch_is_told_from_damage(tmp_path, sources):
     for line, branch, other in zip(lines[:2], BRANCHES, reversed(BRANCHES), strict=True):
         assert re.match(
             rf"NOT MADE FROM THIS SOURCE: 19 quantized weights of both\.gguf, {branch} branch are not those of "
-            rf"{other}\.safetensors \(median -[23]\.\d dB\)\. Compare it with the file that it was made from, or with "
-            r"the other branch; if this is that file",
+            rf"{other}\.safetensors \(median -[23]\.\d dB\)\. The files seem to belong to different models or branches"
+            r": compare it with the file that it was made from\. If this is that file",
             line,
         )
     assert "Smoothing" not in "".join(lines) and "worst first" not in "".join(lines) and len(lines) < 20
@@ -198,6 +198,32 @@ def test_a_smoothed_file_against_another_branch(tmp_path):
     making.to_int8(making.fp8(tmp_path), tmp_path / "out.safetensors", records=(str(record),))
     (check,) = verify(Files(str(tmp_path / "out.safetensors"), str(making.fp8(tmp_path, "unconditional"))))
     assert check.foreign and not check.smoothed
+
+
+def test_unquantized_files_of_two_branches(sources):
+    (check,) = verify(Files(str(sources["conditional"]), str(sources["unconditional"])))
+    assert len(check.foreign) == 20 and not check.smoothed
+    text = verify_report.text([check])
+    assert text.startswith(
+        "NOT MADE FROM THIS SOURCE: 20 weights of conditional.safetensors, conditional branch are not"
+    )
+    assert "different models or branches" in text and "Smoothing" not in text and "worst first" not in text
+    (same,) = verify(Files(str(sources["conditional"]), str(sources["conditional"])))
+    assert not same.foreign and verify_report.text([same]).startswith("Nothing looks broken.")
+
+
+def test_another_model_is_refused_and_a_file_that_lacks_weights_is_not(tmp_path, sources):
+    larger = small.ideogram4(size=small.Ideogram4Size(heads=4, ffn=1024))
+    for name, floats, found in (("flux", small.flux(), "0 of 52"), ("larger", larger, "7 of 42")):
+        path = small.write_gguf(tmp_path / f"{name}.gguf", floats)
+        text = (
+            rf"{name}\.gguf: found {found} weights with a name and shape that conditional\.safetensors has too.*another"
+        )
+        with pytest.raises(CheckpointError, match=text):
+            verify(Files(str(path), str(sources["conditional"])))
+    few = {name: FLOATS["conditional"][name] for name in (W2, "adaln_proj.weight", "layers.0.ffn_norm1.weight")}
+    (check,) = verify(Files(str(small.save(tmp_path / "few.safetensors", few)), str(sources["conditional"])))
+    assert {t.problems for t in check.broken} == {("missing in the quantized file",)} and len(check.broken) == 39
 
 
 def test_a_few_bad_weights_or_empty_ones_are_damage(tmp_path, sources):

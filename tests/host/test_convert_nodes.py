@@ -125,10 +125,28 @@ def test_lists_files_and_where_they_go(convert, save, folders):
     one = save("int8", "sub/both", unconditional="t_unconditional.safetensors", branches="one file for both")
     two = save("gguf", "two", unconditional="t_unconditional.safetensors", policy="q4_k")
     assert one.is_file() and two.is_file() and two.with_name("two_uncond.gguf").is_file()
-    assert save("gguf", "named.gguf").with_name("named.gguf").is_file(), "the ending is not doubled"
     from lowbit.loaders.branch import open_branches
 
     assert open_branches(one).names == BRANCHES and open_branches(two).names == ("only",)
+
+
+@pytest.mark.parametrize(
+    "filename, written",
+    [("n.gguf", "n"), ("n.GGUF", "n"), ("n.gguf.gguf", "n"), ("v1.5", "v1.5"), ("n.safetensors.gguf", "n.safetensors")],
+)
+def test_the_ending_appears_once(save, folders, filename, written):
+    save("gguf", filename)
+    assert [path.name for path in (folders[1] / "diffusion_models").iterdir()] == [f"{written}.gguf"]
+
+
+def test_what_is_remarked_stands_in_the_report_and_in_the_log(convert, save, folders, caplog):
+    save("gguf", "q8").rename(folders[0] / "q8.gguf")
+    request = convert.SaveRequest("q8.gguf", "same file", "out", "one file each", False, device="cpu")
+    text = convert.save_as_int8(request, False, 0.5)
+    assert text.startswith("q8.gguf is quantized already (gguf_q8_0): its errors stay") and "10 linear layers" in text
+    assert [record.getMessage() for record in caplog.records if "already" in record.getMessage()] == [
+        f"Lowbit: {text.splitlines()[0]}"
+    ]
 
 
 def test_a_policy_file_in_the_output_folder(save, folders):
@@ -147,6 +165,10 @@ def test_a_policy_file_in_the_output_folder(save, folders):
         ({"filename": "../../escaped"}, "lies outside ComfyUI's output folder"),
         ({"filename": "/tmp/escaped"}, "lies outside ComfyUI's output folder"),
         ({"filename": " "}, "filename: found none"),
+        ({"filename": ".safetensors"}, "filename: found none"),
+        ({"filename": "sub/"}, "filename: found none"),
+        ({"filename": "name.gguf"}, "found the ending .gguf in name.gguf, expected .safetensors, or no ending at all"),
+        ({"filename": "name.CKPT"}, "found the ending .ckpt in name.CKPT, expected .safetensors"),
         ({"records": "../secret.safetensors"}, "lies outside ComfyUI's output folder"),
         ({"records": "gone.safetensors"}, "no such file"),
         ({"reports": "gone.json"}, "cannot be read"),
@@ -288,6 +310,48 @@ def test_what_is_saved_is_found_and_loaded_by_the_loader_node(server, node, load
     }
     (report,) = server.queue(load)["2"]["text"]
     assert ("int8" if node == INT8 else "gguf_q8_0") in report
+
+
+@pytest.mark.parametrize("node", [INT8, GGUF, "Lowbit_VerifyQuantized"])
+def test_a_node_runs_again_when_a_file_that_it_reads_was_replaced(server, node):
+    """And only then. Its widgets are the same each time."""
+    folder, output = server.base_directory / "models" / "diffusion_models", server.base_directory / "output"
+    weights = {branch: folder / f"r_{branch}.safetensors" for branch in BRANCHES}
+    sources = {branch: folder / f"r_source_{branch}.safetensors" for branch in BRANCHES}
+    for paths in (weights, sources):
+        for branch, path in paths.items():
+            small.save(path, small.ideogram4(branch), torch.bfloat16)
+    names = [path.name for path in weights.values()]
+    if node == "Lowbit_VerifyQuantized":
+        read = [*weights.values(), *sources.values()]
+        inputs = dict(zip(("source", "source_unconditional"), (path.name for path in sources.values()), strict=True))
+        asked = {"1": {"class_type": node, "inputs": {"checkpoint": names[0], "unconditional": names[1], **inputs}}}
+    else:
+        record, report, policy = output / "r_record.safetensors", output / "r_report.json", output / "r_policy.json"
+        spiky_record(record)
+        write_fragility_report(report, [FragileLayer("layers.0.feed_forward.w2", 1.0)])
+        policy.write_text(json.dumps({"default": "Q4_K"}))
+        inputs = {
+            "activation_record": f"{record.name}, {record.name}",
+            "fragility_report": f"{report.name},{report.name}",
+        }
+        if node == GGUF:
+            inputs |= {"type": "q8_0", "policy_file": policy.name}
+        asked = prompt(node, "r_saved", checkpoint=names[0], unconditional=names[1], **inputs)
+        read = [*weights.values(), record, report, *([policy] if node == GGUF else [])]
+
+    def executed() -> set[str]:
+        steps = []
+        server.queue(asked, on_progress=steps.append)
+        return {step.node for step in steps}
+
+    assert executed() == {node}
+    for path in read:
+        assert executed() == set(), path.name
+        copy = path.with_name("r_new")
+        copy.write_bytes(path.read_bytes())
+        copy.replace(path)
+        assert executed() == {node}, path.name
 
 
 def test_an_error_reaches_the_page(server):

@@ -58,10 +58,14 @@ def test_protected_layers_are_named(report_of, tmp_path):
 def test_what_computes_each_op_and_why(report_of, tmp_path):
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4(), convrot=True))
     report = report_of(path, compute_mode="int8")
-    assert "int8_convrot: int8 product" in report
+    few = "for at most 16 tokens"
+    assert f"int8_convrot: int8 product (activations quantized per token; {few} they stay floats)" in report
     assert "quantize_per_token: plain PyTorch" in report and "int8_linear: PyTorch's INT8 product" in report
     exact = report_of(path, compute_mode="auto")
-    assert "int8_convrot: exact" in exact and "unpack_int8: plain PyTorch" in exact
+    assert f"int8_convrot: exact (weight unpacked, then PyTorch's product; {few} it stays INT8)" in exact
+    assert "unpack_int8: plain PyTorch" in exact
+    of_gguf = report_of(quantized.write(tmp_path, "q4_k"), compute_mode="exact")
+    assert "gguf_q4_k: exact (weight unpacked, then PyTorch's product)\n" in of_gguf and "INT8" not in of_gguf
 
 
 def test_refusals_are_shown(report_of, tmp_path, monkeypatch):
@@ -70,7 +74,7 @@ def test_refusals_are_shown(report_of, tmp_path, monkeypatch):
     monkeypatch.setattr(triton_impl, "supports", lambda call: f"refuses K={call.K}")
     monkeypatch.setattr(torch_impl, "supports", lambda call: f"refuses N={call.N}")
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4()))
-    expected = "int8_linear: plain PyTorch (not Triton refuses K=256; not PyTorch's INT8 product refuses N=768)"
+    expected = "int8_linear: plain PyTorch (not Triton: it refuses K=256; not PyTorch's INT8 product: it refuses N=768)"
     assert expected in report_of(path, compute_mode="int8")
 
 
@@ -88,7 +92,10 @@ def test_a_stock_model_and_one_with_a_lora(comfy_host, report_of, tmp_path):
     stock = comfy_host.load_state_dict(small.ideogram4())
     assert "not loaded by Lowbit" in inspect.report(stock) and "No layers quantized by Lowbit." in inspect.report(stock)
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4()))
-    row = rows_of(inspect.report(comfy_host.load_diffusion_model(path)))["TensorWiseINT8Layout"]
+    of_stock_int8 = inspect.report(comfy_host.load_diffusion_model(path))
+    row = rows_of(of_stock_int8)["TensorWiseINT8Layout"]
+    table = of_stock_int8.split("\n\n")[1].splitlines()
+    assert len({len(line) for line in table}) == 1, "columns stand below each other"
     assert row[0] == str(len(small.block_linears(small.ideogram4()))) and 8.0 < float(row[2]) < 8.3
     model = quantized.load(quantized.write(tmp_path, "q8_0"))
     patched = quantized.add_lora(comfy_host, model, quantized.lora())
@@ -103,4 +110,4 @@ def test_loras_are_counted_before_they_are_sampled(comfy_host, tmp_path):
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
     for kind, beside in (("lora", 10), ("lokr", 10), ("dora", 0)):
         text = inspect.report(quantized.add_lora(comfy_host, model, quantized.lora(kind)))
-        assert f"Patched weights: 10, of them beside a quantized weight: {beside}" in text
+        assert f"Patched weights: 10 (for {beside} of them the patch is added beside the quantized weight)" in text

@@ -1,0 +1,49 @@
+"""What someone who converts should know and may well have meant: said in a sentence, never refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..formats import Fp8Weight, QuantizedWeight
+from ..loaders.branch import Branch
+from ..loaders.branches import branch_of_name
+from .recipe import branch_of_recipe
+from .request import Part
+
+
+def remarks(parts: Sequence[Part]) -> list[str]:
+    """Sentences about the branches to convert."""
+    branches = [part.branch for part in parts]
+    found = [_quantized(path, [each for each in branches if each.path == path]) for path in _paths(branches)]
+    if len(_paths(branches)) == 2:
+        found += map(_swapped, branches)
+    return [remark for remark in found if remark is not None]
+
+
+def _paths(branches: Sequence[Branch]) -> list[str]:
+    return list(dict.fromkeys(branch.path for branch in branches))
+
+
+def _quantized(path: str, branches: Sequence[Branch]) -> str | None:
+    """FP8 is what models are published in: often there is nothing better."""
+    weights = [weight for branch in branches for weight in branch.weights.values()]
+    formats = {w.format_name for w in weights if isinstance(w, QuantizedWeight) and not isinstance(w, Fp8Weight)}
+    if not formats:
+        return None
+    return (
+        f"{os.path.basename(path)} is quantized already ({', '.join(sorted(formats))}): its errors stay, and a change "
+        "of format adds to them. Convert the BF16, FP16 or FP8 original if you have it."
+    )
+
+
+def _swapped(branch: Branch) -> str | None:
+    """What its own metadata says goes before its name."""
+    said_by_metadata = branch_of_recipe(branch.metadata)
+    said = said_by_metadata or branch_of_name(branch.path)
+    if said in (None, branch.name):
+        return None
+    return (
+        f"{os.path.basename(branch.path)} is converted as the {branch.name} branch, but its "
+        f"{'metadata' if said_by_metadata else 'name'} says that it is the {said} one. Are the two files swapped?"
+    )

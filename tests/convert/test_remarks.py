@@ -1,0 +1,78 @@
+"""What is said of sources that are taken as they are: quantized ones, and files of the other branch."""
+
+import os
+
+import pytest
+import torch
+from host_harness import small_models as small
+from lowbit.convert.int8 import BRANCH_PREFIXES
+from lowbit.convert.remarks import remarks
+from lowbit.convert.request import Request, open_request
+from lowbit.tests.convert.making import bf16, fp8, to_gguf, to_int8
+
+
+@pytest.fixture
+def remarks_on(tmp_path):
+    def remarks_on(source, unconditional=None) -> list[str]:
+        second = None if unconditional is None else str(unconditional)
+        request = Request(str(source), str(tmp_path / "target.safetensors"), unconditional=second)
+        return remarks(open_request(request, ".safetensors", BRANCH_PREFIXES)[1])
+
+    return remarks_on
+
+
+def test_a_quantized_source(tmp_path, remarks_on, fp8_files):
+    floats = small.ideogram4()
+    scaled = small.save(tmp_path / "scaled.safetensors", small.fp8_scaled(floats))
+    plain = small.write_gguf(tmp_path / "plain.gguf", floats, linear="BF16")
+    assert not any(map(remarks_on, (fp8(tmp_path), bf16(tmp_path), scaled, plain)))
+    (rotated,) = to_int8(fp8_files["conditional"], tmp_path / "rotated.safetensors", rotate=True)
+    (q4_k,) = to_gguf(fp8_files["conditional"], tmp_path / "q4.gguf", "q4_k")
+    for file, formats in ((rotated, "int8_convrot"), (q4_k, "gguf_q4_k")):
+        (remark,) = remarks_on(file.path)
+        assert remark == (
+            f"{os.path.basename(file.path)} is quantized already ({formats}): its errors stay, and a change of format "
+            "adds to them. Convert the BF16, FP16 or FP8 original if you have it."
+        )
+
+
+def test_two_quantized_branches_of_one_file_are_one_remark_and_of_two_files_two(tmp_path, remarks_on, fp8_files):
+    both, options = str(fp8_files["unconditional"]), {"policy": "q8_0"}
+    (one,) = to_gguf(fp8_files["conditional"], tmp_path / "one.gguf", unconditional=both, one_file=True, **options)
+    two = to_gguf(fp8_files["conditional"], tmp_path / "two.gguf", unconditional=both, **options)
+    assert len(remarks_on(one.path)) == 1
+    assert [r.partition(" ")[0] for r in remarks_on(*(w.path for w in two))] == ["two.gguf", "two_uncond.gguf"]
+
+
+def test_files_of_the_other_branch_by_their_names(tmp_path, remarks_on):
+    cond, uncond, other = (
+        small.save(tmp_path / f"{name}.safetensors", small.ideogram4(), torch.bfloat16)
+        for name in ("m-cond", "m-unconditional", "m")
+    )
+    assert not remarks_on(cond, uncond) and not remarks_on(other, uncond) and not remarks_on(cond, other)
+    assert not remarks_on(uncond)  # alone it is what it is
+    text = "{} is converted as the {} branch, but its name says that it is the {} one. Are the two files swapped?"
+    of_cond = text.format("m-cond.safetensors", "unconditional", "conditional")
+    of_uncond = text.format("m-unconditional.safetensors", "conditional", "unconditional")
+    assert remarks_on(uncond, cond) == [of_uncond, of_cond]
+    assert remarks_on(uncond, other) == [of_uncond] and remarks_on(other, cond) == [of_cond]
+
+
+@pytest.mark.parametrize("convert, suffix", [(to_int8, ".safetensors"), (to_gguf, ".gguf")])
+def test_files_of_the_other_branch_by_their_metadata(tmp_path, remarks_on, fp8_files, convert, suffix):
+    """Whatever they are called since, our own files know which branch they were made from."""
+    convert(fp8_files["conditional"], tmp_path / f"m{suffix}", unconditional=str(fp8_files["unconditional"]))
+    first = (tmp_path / f"m{suffix}").rename(tmp_path / f"a{suffix}")
+    second = (tmp_path / f"m_uncond{suffix}").rename(tmp_path / f"cond{suffix}")
+    assert not [remark for remark in remarks_on(first, second) if "converted as" in remark]
+    swapped = [remark for remark in remarks_on(second, first) if "converted as" in remark]
+    assert len(swapped) == 2
+    assert "the conditional branch, but its metadata says that it is the unconditional one" in swapped[0]
+
+
+@pytest.mark.parametrize("recipe", ["", "no JSON", "[]", "{}", '{"source_sha256": "a"}', '{"source_sha256": {"x": 1}}'])
+def test_a_recipe_of_others_says_nothing(tmp_path, remarks_on, recipe):
+    from safetensors.torch import save_file
+
+    save_file(small.ideogram4(), tmp_path / "a.safetensors", {"format": "pt", "lowbit.recipe": recipe})
+    assert not remarks_on(tmp_path / "a.safetensors", bf16(tmp_path, "unconditional"))
