@@ -20,6 +20,8 @@ from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 
+from .kept_memory import KeptMemory
+
 logger = logging.getLogger(__name__)
 
 SMALLEST_RANK = 16  # what tensor cores take
@@ -86,10 +88,10 @@ class SidePath:
     """All small changes of one weight [N, K]: the low-rank ones as a single one, which a product adds as it writes its
     result, Kronecker products after it."""
 
-    def __init__(self, terms: list[LowRankTerm | KroneckerTerm], N: int, K: int):
+    def __init__(self, terms: list[LowRankTerm | KroneckerTerm], N: int, K: int, kept: KeptMemory):
         self.low_rank = [term for term in terms if isinstance(term, LowRankTerm)]
         self.kronecker = [term for term in terms if isinstance(term, KroneckerTerm)]
-        self.N, self.K = N, K
+        self.N, self.K, self._kept = N, K, kept
         self._matrices: tuple[torch.Tensor, ...] = ()
 
     def hidden_and_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -129,7 +131,7 @@ class SidePath:
             for term in self.kronecker:
                 matrices.append((term.outer.to(device, torch.float32) * term.factor).to(dtype))
                 matrices.append(term.inner.to(device, dtype))
-            self._matrices = tuple(matrices)
+            self._matrices = tuple(self._kept.keep(matrix) for matrix in matrices)
         return self._matrices
 
     def _down_and_up(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,10 +158,11 @@ def _slices(offset: Offset | None) -> tuple[slice, slice]:
     return (part, slice(None)) if dim == 0 else (slice(None), part)
 
 
-def side_path(key: str, patches: list[tuple], N: int, K: int) -> SidePath | None:
+def side_path(key: str, patches: list[tuple], N: int, K: int, kept: KeptMemory | None = None) -> SidePath | None:
     """The host's patches of one weight [N, K] as a side path, or None when one of them cannot be part of it.
 
-    key: of the weight. A patch whose shapes do not fit it is left out with a line in the log, as the host does.
+    key: of the weight. kept: device memory of the matrices, of its own by default. A patch whose shapes do not fit the
+    weight is left out with a line in the log, as the host does.
     """
     terms = []
     for patch in patches:
@@ -167,7 +170,7 @@ def side_path(key: str, patches: list[tuple], N: int, K: int) -> SidePath | None
             terms.append(_term(*patch, N, K))
         except _MisfitError as misfit:
             logger.warning("Lowbit: a LoRA for %s is left out: %s. It was made for another model.", key, misfit)
-    return None if any(term is None for term in terms) else SidePath(terms, N, K)
+    return None if any(term is None for term in terms) else SidePath(terms, N, K, kept or KeptMemory())
 
 
 def small_changes(patches: list[tuple]) -> bool:

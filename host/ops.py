@@ -23,6 +23,7 @@ from ..kernels.int8_linear import int8_linear
 from ..kernels.unpack import unpack
 from ..kernels.unpack_to_int8 import find_row_scale
 from . import layouts
+from .kept_memory import KeptMemory
 from .lora import SidePath
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class LoadSettings:
     file_name: for messages. compute_mode: `auto`, `int8` or `exact`. tune: whether kernels may measure their
     configurations at first use. quantize_layer: whether a float linear weight of this module name and shape [N, K] is
     quantized to INT8 at load. before_quantizing: called before each of them; it may raise to cancel the load.
-    missing_keys: filled by the load, what the file did not supply.
+    missing_keys: filled by the load, what the file did not supply. kept: device memory of what the layers find out at
+    their first use.
     """
 
     file_name: str
@@ -47,6 +49,7 @@ class LoadSettings:
     quantize_layer: Callable[[str, int, int], bool] = lambda name, N, K: False
     before_quantizing: Callable[[], None] = lambda: None
     missing_keys: list[str] = dataclasses.field(default_factory=list)
+    kept: KeptMemory = dataclasses.field(default_factory=KeptMemory)
 
     def mode_of(self, weight: QuantizedWeight) -> str:
         """`int8` or `exact`: what `auto` means for this weight on the device that runs models."""
@@ -282,7 +285,8 @@ class LowbitLinear:
         if not isinstance(weight, Int8Weight):
             return Quantizer(None, quantized_linear.row_rotation_group(weight))
         if weight.smooth is not None and (self._smooth is None or self._smooth.device != device):
-            self._smooth = weight.smooth.to(device)  # the weight itself may lie elsewhere until it is used
+            # The weight itself may lie elsewhere until it is used.
+            self._smooth = self.lowbit_settings.kept.keep(weight.smooth.to(device))
         return Quantizer(self._smooth, weight.rotation_group)
 
     def _row_scale_of(self, weight: GgmlWeight) -> torch.Tensor | None:
@@ -291,7 +295,8 @@ class LowbitLinear:
             return None
         if self._row_scale is None or self._row_scale.device != weight.data.device:
             rotation_group = quantized_linear.row_rotation_group(weight)
-            self._row_scale = find_row_scale(weight.data, weight.ggml_type, rotation_group)
+            row_scale = find_row_scale(weight.data, weight.ggml_type, rotation_group)
+            self._row_scale = self.lowbit_settings.kept.keep(row_scale)
         return self._row_scale
 
     def _apply(self, fn, recurse=True):

@@ -151,7 +151,9 @@ class _KeepsQuantized:
 
     def _side_path(self, key: str, patches: list[tuple], module: LowbitLinear) -> SidePath | None:
         """The patches of a weight beside it, or None where they, or a pack that wraps it, have to see the weight."""
-        return None if key in self.weight_wrapper_patches else side_path(key, patches, *module.weight.shape)
+        if key in self.weight_wrapper_patches:
+            return None
+        return side_path(key, patches, *module.weight.shape, module.lowbit_settings.kept)
 
     def _is_packed_again(self, key: str, module: LowbitLinear) -> bool:
         """Whether the patches of a quantized weight are left to the host, which merges them into it."""
