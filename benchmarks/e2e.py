@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="GB,...",
         help="take device memory until only so much is free; several amounts, and `all`, are measured in turn",
     )
-    add("--cold", action="store_true", help="drop each file from the page cache before it is loaded")
+    add("--cold", action="store_true", help="load each file once more, from the disk")
     add(
         "--profile",
         type=names,

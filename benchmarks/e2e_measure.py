@@ -17,6 +17,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualModel
 from comfy_extras.nodes_ideogram4 import ideogram4_sigmas
 
+from .e2e_files import drop_from_page_cache
 from .e2e_host import GB, Host
 from .e2e_variants import Variant
 
@@ -209,6 +210,20 @@ def read_and_copy(files: list[pathlib.Path], host: Host) -> float:
                 on_device[:size].copy_(buffer[:size], non_blocking=True)
                 host.synchronize()
     return time.perf_counter() - start
+
+
+COLD = ("read_and_copy_s", "cold_load_s", "cold_first_step_s")
+
+
+def cold(variant: Variant, sampler: Sampler, files: list[pathlib.Path], loras: list[str]) -> dict[str, float]:
+    """The numbers of COLD: everything from the disk, each time. Kernels are compiled and tuned by then."""
+    seconds = []
+    drop_from_page_cache(files)
+    seconds.append(read_and_copy(files, sampler.host))
+    drop_from_page_cache(files)
+    models, load_s = load(variant, sampler.host, files, loras)
+    seconds += [load_s, sampler.pair(models, steps=2).seconds[0]]
+    return dict(zip(COLD, seconds, strict=True))
 
 
 def measure(models: tuple, sampler: Sampler, watch: MemoryWatch) -> tuple[dict[str, Any], Sampled, Sampled]:

@@ -149,7 +149,7 @@ def demands(
             cost = None if ratio is None else ratio - 1
             yield Demand(f"cost of {row['variant']}, of a step", cost, PROFILING_COST, at_most=True)
         if row["variant"].startswith("lowbit") and row.get("read_and_copy_s"):
-            loading = row["load_s"] + row["first_step_s"] - row["step_s"]
+            loading = row["cold_load_s"] + row["cold_first_step_s"] - row["step_s"]
             text = f"cold file to first step of {row['variant']} / reading and copying"
             yield Demand(text, loading / row["read_and_copy_s"], SLOWEST_LOAD, at_most=True)
 

@@ -220,7 +220,7 @@ def test_on_12_gb_speeds_are_compared_with_all_memory_and_with_the_stock_loader(
 
 def test_loading_a_cold_file_is_compared_with_reading_and_copying_it():
     text = "cold file to first step of lowbit_int8 / reading and copying"
-    cold = row("lowbit_int8", 0.2) | {"load_s": 1.0, "first_step_s": 5.2}
+    cold = row("lowbit_int8", 0.2) | {"cold_load_s": 1.0, "cold_first_step_s": 5.2}
     assert verdicts(cold | {"read_and_copy_s": 4.7})[text] == "PASS"
     assert verdicts(cold | {"read_and_copy_s": 4.5})[text] == "short"
     assert text not in verdicts(cold)
