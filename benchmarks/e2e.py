@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     started, options = time.perf_counter(), parse(arguments)
     try:
-        host = e2e_host.start(options.workdir.resolve(), cpu=options.tiny)
+        host = e2e_host.start(options.workdir.resolve(), options.tiny, options.fast_disk)
         print(", ".join(f"{key} {value}" for key, value in host.describe().items()), flush=True)
         for free_vram_gb in options.free_vram_gb:  # what cannot be left free is said before anything takes time
             host.leave_free(free_vram_gb)
@@ -61,6 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="take device memory until only so much is free; several amounts, and `all`, are measured in turn",
     )
     add("--cold", action="store_true", help="load each file once more, from the disk")
+    add("--fast-disk", action="store_true", help="start ComfyUI with this option; results to e2e_fast_disk.*")
     add(
         "--profile",
         type=names,

@@ -23,11 +23,11 @@ class CannotRunError(RuntimeError):
     """What this machine lacks, as a sentence for the person at the console."""
 
 
-def start(base: pathlib.Path, cpu: bool) -> Host:
+def start(base: pathlib.Path, cpu: bool, fast_disk: bool = False) -> Host:
     """Imports ComfyUI (COMFYUI_PATH, or the one of `python dev.py setup`) with `base` as its base directory.
 
-    cpu: start it with `--cpu`. Raises CannotRunError without ComfyUI or a device, RuntimeError when torch is imported
-    already.
+    cpu, fast_disk: start it with `--cpu`, with `--fast-disk`. Raises CannotRunError without ComfyUI or a device,
+    RuntimeError when torch is imported already.
     """
     from host_harness import inprocess
 
@@ -44,7 +44,8 @@ def start(base: pathlib.Path, cpu: bool) -> Host:
 
     sys.path.insert(0, str(path))
     ours = sys.argv
-    sys.argv = ["main.py", "--base-directory", str(base), "--disable-api-nodes", *(["--cpu"] if cpu else [])]
+    sys.argv = ["main.py", "--base-directory", str(base), "--disable-api-nodes"]
+    sys.argv += ["--cpu"] * cpu + ["--fast-disk"] * fast_disk
     try:
         importlib.import_module("comfy.options").enable_args_parsing()
         cli = importlib.import_module("comfy.cli_args")

@@ -26,6 +26,7 @@ SIGMA_MEAN, SIGMA_SPREAD = 0.0, 1.75  # what the stock scheduler node starts wit
 LATENT_CHANNELS, PIXELS_PER_LATENT = 128, 16
 CALLS = 3  # of the conditional branch alone: one warms up
 SCHEDULE_OF_CALLS = 8  # steps, of which the first ones are taken
+ROUNDS, STEPS_OF_ROUND = 4, 4  # of a variant and its base in turn
 WATCH_INTERVAL_S = 0.05
 READ_BYTES = 64 * 2**20
 
@@ -186,14 +187,15 @@ class References:
         }
 
 
-def load(variant: Variant, host: Host, files: list[pathlib.Path], loras: list[str]) -> tuple[tuple, float]:
-    """The variant's two models, and the seconds that loading them took."""
+def load(variant: Variant, host: Host, files: list[pathlib.Path], loras: list[str]) -> tuple[tuple, tuple, float]:
+    """The variant's two models, those of its base, and the seconds that loading them took."""
     host.synchronize()
     start = time.perf_counter()
-    models = variant.load(files, loras)
+    base = variant.load(files)
+    models = variant.patch(base, loras)
     host.synchronize()
     host.end_node()
-    return models, time.perf_counter() - start
+    return models, base, time.perf_counter() - start
 
 
 def read_and_copy(files: list[pathlib.Path], host: Host) -> float:
@@ -221,9 +223,21 @@ def cold(variant: Variant, sampler: Sampler, files: list[pathlib.Path], loras: l
     drop_from_page_cache(files)
     seconds.append(read_and_copy(files, sampler.host))
     drop_from_page_cache(files)
-    models, load_s = load(variant, sampler.host, files, loras)
+    models, _, load_s = load(variant, sampler.host, files, loras)
     seconds += [load_s, sampler.pair(models, steps=2).seconds[0]]
     return dict(zip(COLD, seconds, strict=True))
+
+
+def beside_base(models: tuple, base: tuple, sampler: Sampler) -> dict[str, Any]:
+    """Steps of a variant's models and of its base's in turn, in seconds: the time of either alone drifts by more than
+    what is between them.
+
+    times_base: the median over the rounds of the quotient of their fastest steps, of which the first counts for none.
+    """
+    rounds = [
+        [min(sampler.pair(each, 1 + STEPS_OF_ROUND).seconds[1:]) for each in (models, base)] for _ in range(ROUNDS)
+    ]
+    return {"rounds_s": rounds, "times_base": statistics.median(step_s / base_s for step_s, base_s in rounds)}
 
 
 def measure(models: tuple, sampler: Sampler, watch: MemoryWatch) -> tuple[dict[str, Any], Sampled, Sampled]:

@@ -19,6 +19,7 @@ from .e2e_host import Host
 from .e2e_variants import REFERENCE, Variant
 
 TEXT_TOKENS, SMALL_TEXT_TOKENS = 256, 16
+SWITCHING_S = 1.0  # from a variant to its base
 PROFILE_S = 15.0  # beside its calls: starting the profiler, reading what it has recorded
 
 
@@ -35,7 +36,12 @@ class Run:
             from host_harness.small_ideogram4.patch import patch
 
             patch()
-        stem = "e2e" + ("_tiny" if options.tiny else "") + (f"_{options.layers}_layers" if options.layers else "")
+        stem = (
+            "e2e"
+            + "_tiny" * options.tiny
+            + "_fast_disk" * options.fast_disk
+            + (f"_{options.layers}_layers" if options.layers else "")
+        )
         self.csv, self.json = options.out / f"{stem}.csv", options.out / f"{stem}.json"
         options.out.mkdir(parents=True, exist_ok=True)
         results.check_columns(self.csv, e2e_table.COLUMNS)  # before anything takes time
@@ -91,11 +97,14 @@ class Run:
         sampler = e2e_measure.Sampler(self.host, size, options.steps, tokens, self.model.size.llm)
         with variant.computing():
             with e2e_measure.MemoryWatch(self.host) as watch:
-                models, row["load_s"] = e2e_measure.load(variant, self.host, files, loras)
+                models, base, row["load_s"] = e2e_measure.load(variant, self.host, files, loras)
                 numbers, sampled, single = e2e_measure.measure(models, sampler, watch)
             if variant.base == REFERENCE:
                 self.references.set(size, variant.loras, single.velocity, sampled.latent)
             row |= numbers | self.references.errors(size, variant.loras, single.velocity, sampled.latent)
+            expected_s = 2 * e2e_measure.ROUNDS * ((1 + e2e_measure.STEPS_OF_ROUND) * row["step_s"] + SWITCHING_S)
+            if not variant.is_base and self._fits(f"{variant.name} beside its base at {size}", expected_s):
+                row |= e2e_measure.beside_base(models, base, sampler)
             self._record(row)
             if variant.name in options.profile and self._fits(
                 f"profile of {variant.name} at {size}", 10 * row["call_s"] + PROFILE_S
@@ -106,7 +115,7 @@ class Run:
             ):
                 row["alternate"] = e2e_profile.alternate(models, sampler, options.alternate)
                 print(f"  in turn: {json.dumps(row['alternate'])}")
-            del models
+            del models, base
             if options.cold and free_vram_gb == options.free_vram_gb[0]:  # the disk is as slow with less memory
                 self.host.cleanup()
                 row |= e2e_measure.cold(variant, sampler, files, loras)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import results
-from .e2e_variants import PLAIN_TORCH, PROFILED, REFERENCE, without_extra, without_loras
+from .e2e_variants import PLAIN_TORCH, PROFILED, REFERENCE
 
 COLUMNS = (
     *(*results.ENVIRONMENT, "comfyui", "variant", "size", "free_vram_gb"),
@@ -82,9 +82,9 @@ class Measured:
         """How many times faster a step of a variant is than a peer's."""
         return self.ratio("step_s", peer, variant)
 
-    def lora_cost(self, variant: str) -> float | None:
-        """What the LoRAs of a variant add to a step, as a fraction of the step without them."""
-        ratio = self.ratio("step_s", variant, without_loras(variant))
+    def cost(self, variant: str) -> float | None:
+        """What a variant's LoRAs or extra add to a step of its base, as a fraction of that."""
+        ratio = self.number("times_base", variant)
         return None if ratio is None else ratio - 1
 
     def number(self, key: str, variant: str) -> float | None:
@@ -132,7 +132,7 @@ def demands(
             yield Demand(f"error of {variant} / {peer}", measured.ratio("error", variant, peer), most, at_most=True)
         for suffix, most in LORA_COSTS:
             for variant in measured.with_loras(suffix) or [f"lowbit_...{suffix}"]:
-                yield Demand(f"cost of {variant}, of a step", measured.lora_cost(variant), most, at_most=True)
+                yield Demand(f"cost of {variant}, of a step", measured.cost(variant), most, at_most=True)
     if size == SIZE_OF_FLOORS and free_vram_gb == CARD_GB:
         peak = measured.number("peak_vram_gb", "lowbit_q4_k")
         yield Demand("peak VRAM of lowbit_q4_k in GB", peak, CARD_PEAK_GB, at_most=True)
@@ -145,8 +145,7 @@ def demands(
         )
     for row in rows:
         if row["variant"].endswith(PROFILED):
-            ratio = measured.ratio("step_s", row["variant"], without_extra(row["variant"]))
-            cost = None if ratio is None else ratio - 1
+            cost = measured.cost(row["variant"])
             yield Demand(f"cost of {row['variant']}, of a step", cost, PROFILING_COST, at_most=True)
         if row["variant"].startswith("lowbit") and row.get("read_and_copy_s"):
             loading = row["cold_load_s"] + row["cold_first_step_s"] - row["step_s"]
@@ -158,22 +157,20 @@ def demands(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of one size: numbers, how many times faster a step is than the peers', what LoRAs cost, and how many
-    times faster a step is than without the extra that the name ends in."""
+    """The rows of one size: numbers, how many times faster a step is than the peers', and what a variant adds to a step
+    of its base (less than nothing where it is faster)."""
     measured = Measured(rows)
     width = max(len(row["variant"]) for row in rows)
     headings = [heading for heading, _, _ in PRINTED] + [f"/{peer.removeprefix('stock_')}" for peer in PEERS]
-    headings += ["lora", "extra"]
+    headings.append("cost")
     widths = [max(8, len(heading)) for heading in headings]
     lines = [f"{'variant':{width}}  " + "  ".join(f"{h:>{w}}" for h, w in zip(headings, widths, strict=True))]
     for row in rows:
         name = row["variant"]
         cells = [shown(row.get(key), digits) for _, key, digits in PRINTED]
         cells += [shown(measured.speedup(name, peer), 3) for peer in PEERS]
-        cost = measured.lora_cost(name) if without_loras(name) != name else None
+        cost = measured.cost(name)
         cells.append("-" if cost is None else f"{cost:+.1%}")
-        plain = without_extra(name)
-        cells.append(shown(measured.speedup(name, plain), 3) if name != plain else "-")
         lines.append(f"{name:{width}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
     return "\n".join(lines)
 

@@ -58,6 +58,10 @@ class Variant:
         """The name of the same variant without LoRA and extra."""
         return without_loras(without_extra(self.name))
 
+    @property
+    def is_base(self) -> bool:
+        return self.name == self.base
+
     def computing(self) -> contextlib.AbstractContextManager:
         """In force while the variant runs."""
         if not self.plain_torch:
@@ -66,19 +70,21 @@ class Variant:
 
         return use_implementation("reference")
 
-    def load(self, files: Sequence[pathlib.Path], loras: Sequence[str]) -> tuple:
-        """The two MODELs of the conditional and the unconditional file, as the nodes make them.
-
-        loras: names of LoRA files below ComfyUI's base directory, put on both models by the stock node.
-        """
+    def load(self, files: Sequence[pathlib.Path]) -> tuple:
+        """The two MODELs of the conditional and the unconditional file, as the loader nodes make them."""
         if self.mode is None:
             import comfy.sd
 
-            models = tuple(comfy.sd.load_diffusion_model(str(path)) for path in files)
-        else:
-            from ..host.model import LoadRequest, load_pair
+            return tuple(comfy.sd.load_diffusion_model(str(path)) for path in files)
+        from ..host.model import LoadRequest, load_pair
 
-            models = load_pair(LoadRequest(str(files[0]), compute_mode=self.mode), str(files[1]))
+        return load_pair(LoadRequest(str(files[0]), compute_mode=self.mode), str(files[1]))
+
+    def patch(self, models: tuple, loras: Sequence[str]) -> tuple:
+        """The loaded models with what the variant adds to its base, which is put on them by nodes.
+
+        loras: names of LoRA files below ComfyUI's base directory, put on both models by the stock node.
+        """
         for lora in loras:
             import nodes
 

@@ -184,17 +184,17 @@ def test_speed_and_errors_have_floors():
     }
 
 
-def test_what_loras_cost_is_compared_with_the_same_variant():
-    rows = [row("lowbit_int8", 0.2), row("lowbit_int8_lora", 0.214), row("lowbit_int8_lora2", 0.23)]
-    found = verdicts(*rows, row("stock_int8", 0.3), row("stock_int8_lora", 0.6))
+def test_what_loras_cost_is_measured_in_turn_with_the_base():
+    rows = [row("lowbit_int8", 0.2), row("lowbit_int8_lora", 0.3) | {"times_base": 1.07}]
+    rows += [row("lowbit_int8_lora2", 0.2) | {"times_base": 1.15}, row("lowbit_q4_k_lora", 0.2)]
+    found = verdicts(*rows, row("stock_int8_lora", 0.6) | {"times_base": 2.0})
     costs = {text: verdict for text, verdict in found.items() if text.startswith("cost")}
     assert costs == {
         "cost of lowbit_int8_lora, of a step": "PASS",
+        "cost of lowbit_q4_k_lora, of a step": "no rows",
         "cost of lowbit_int8_lora2, of a step": "short",
     }
-    measured = e2e_table.Measured(rows)
-    assert measured.lora_cost("lowbit_int8_lora") == pytest.approx(0.07)
-    assert measured.lora_cost("lowbit_q4_k_lora") is None
+    assert e2e_table.Measured(rows).cost("lowbit_int8_lora") == pytest.approx(0.07)
 
 
 def test_a_smaller_card_has_a_demand_of_its_own():
@@ -226,24 +226,24 @@ def test_loading_a_cold_file_is_compared_with_reading_and_copying_it():
     assert text not in verdicts(cold)
 
 
-def test_what_recording_costs_is_compared_with_the_same_variant():
-    rows = [row("stock_bf16", 0.3), row("stock_bf16_profiled", 0.32), row("lowbit_int8_profiled", 0.3)]
-    found = verdicts(*rows)
-    assert found["cost of stock_bf16_profiled, of a step"] == "PASS"
-    assert found["cost of lowbit_int8_profiled, of a step"] == "no rows"
-    assert verdicts(*rows[:1], row("stock_bf16_profiled", 0.34))["cost of stock_bf16_profiled, of a step"] == "short"
+def test_what_recording_costs_is_measured_in_turn_with_the_base():
+    text = "cost of stock_bf16_profiled, of a step"
+    assert verdicts(row("stock_bf16_profiled", 0.5) | {"times_base": 1.09})[text] == "PASS"
+    assert verdicts(row("stock_bf16_profiled", 0.3) | {"times_base": 1.11})[text] == "short"
+    assert verdicts(row("stock_bf16_profiled", 0.3))[text] == "no rows"
 
 
 def test_the_table_shows_ratios_within_the_run():
     rows = [row("stock_bf16", 0.4), row("lowbit_int8", 0.2, error=None), row("lowbit_int8_lora", 0.22, peak=None)]
-    rows.append(row("lowbit_int8_two_gpus", 0.12))
+    rows[-1]["times_base"] = 1.09
+    rows.append(row("lowbit_int8_two_gpus", 0.12) | {"times_base": 0.6})
     heading, *lines = [line.split() for line in e2e_table.table(rows).splitlines()]
-    assert heading[-5:] == ["/bf16", "/fp8_unpacked", "/int8", "lora", "extra"]
+    assert heading[-5:] == ["latent", "/bf16", "/fp8_unpacked", "/int8", "cost"]
     assert [line[-5:] for line in lines] == [
-        ["1.000", "-", "-", "-", "-"],
-        ["2.000", "-", "-", "-", "-"],
-        ["1.818", "-", "-", "+10.0%", "-"],
-        ["3.333", "-", "-", "-", "1.667"],
+        ["-", "1.000", "-", "-", "-"],
+        ["-", "2.000", "-", "-", "-"],
+        ["-", "1.818", "-", "-", "+9.0%"],
+        ["-", "3.333", "-", "-", "-40.0%"],
     ]
     demands = list(e2e_table.demands(rows, 1024, None))
     assert "speed of lowbit_q4_k / stock_bf16" in e2e_table.verdicts(demands)
