@@ -238,5 +238,12 @@ def _reads_values(linears: tuple[LowbitLinear, ...]) -> bool:
 
 def _weight(norm, x: torch.Tensor):
     """A norm's weight on x's device in x's dtype, and what to call when it is no longer needed."""
+    weight = norm.weight
+    if weight.device == x.device and weight.dtype == x.dtype and not (norm.weight_function or hasattr(norm, "_v")):
+        return weight, _nothing  # as nearly always: dynamic VRAM leaves small weights on the device
     weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
     return weight, functools.partial(comfy.ops.uncast_bias_weight, norm, weight, bias, stream)
+
+
+def _nothing() -> None:
+    pass

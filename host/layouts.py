@@ -15,6 +15,8 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 
 from ..formats import Fp8Weight, GgmlWeight, Int8Weight, QuantizedWeight, UnknownQuantizationError, ggml, int8
 
+_REMEMBERED = "_lowbit_weight"  # of a host's tensor: what `from_host` found, and for which data and params
+
 INT8_FORMAT = "int8_tensorwise"  # the host's own name: stock ComfyUI reads what we save
 INT8_SMOOTH_FORMAT = "lowbit_int8_smooth"  # no host format holds smoothing factors, and dropping them would be silent
 
@@ -166,10 +168,20 @@ def to_host(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedTensor:
 
 
 def from_host(tensor: torch.Tensor) -> QuantizedWeight | None:
-    """The quantized weight behind a tensor of ours, on the same bytes; None for any other tensor."""
-    if not isinstance(tensor, QuantizedTensor) or not issubclass(tensor.layout_cls, _LowbitLayout):
+    """The quantized weight behind a tensor of ours, on the same bytes; None for any other tensor.
+
+    Remembered on the tensor: layers ask several times in every call, where Python may take longer than the device.
+    """
+    if not isinstance(tensor, QuantizedTensor):
         return None
-    return tensor.layout_cls.weight(tensor._qdata, tensor._params)
+    data, params = tensor._qdata, tensor._params
+    found = getattr(tensor, _REMEMBERED, None)
+    if found is None or found[0] is not data or found[1] is not params:  # the host replaces what a tensor consists of
+        ours = issubclass(tensor.layout_cls, _LowbitLayout)
+        found = data, params, tensor.layout_cls.weight(data, params) if ours else None
+        if not torch.compiler.is_compiling():
+            setattr(tensor, _REMEMBERED, found)
+    return found[2]
 
 
 def saved_format(weight: QuantizedWeight) -> str:

@@ -130,6 +130,19 @@ def differentiated(x: torch.Tensor) -> bool:
     return x.requires_grad or comfy.model_management.in_training
 
 
+def _saved(name: str) -> property:
+    """What a saved file holds of a layer beside its weight, for the host's model merging: it reads every key of the
+    state dict as an attribute of its module."""
+
+    def read(self: LowbitLinear) -> torch.Tensor:
+        saved = self.state_dict()
+        if name not in saved:
+            raise AttributeError(f"this layer's file would hold no {name}")
+        return saved[name]
+
+    return property(read)
+
+
 class LowbitLinear:
     """A linear layer whose weight may be quantized: mixed into the host's mixed-precision Linear.
 
@@ -137,6 +150,7 @@ class LowbitLinear:
     """
 
     lowbit_settings: LoadSettings
+    comfy_quant, weight_scale, weight_smooth = map(_saved, ("comfy_quant", "weight_scale", "weight_smooth"))
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -347,14 +361,6 @@ class LowbitLinear:
             marker = {"format": self.quant_format, "convrot": True, "convrot_groupsize": quantized.rotation_group}
             saved[f"{prefix}comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
         return saved
-
-    def __getattr__(self, name):
-        # The host's model merging reads every key of the state dict as an attribute of its module.
-        if name in ("comfy_quant", "weight_scale", "weight_smooth"):
-            saved = self.state_dict()
-            if name in saved:
-                return saved[name]
-        return super().__getattr__(name)
 
 
 class LowbitEmbedding:

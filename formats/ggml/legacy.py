@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from .block_type import GgmlType, float16_at, float16_bytes, inverse_or_zero, pack_nibbles, spread_bits
+from .block_type import GgmlType, divided, float16_at, float16_bytes, inverse_or_zero, pack_nibbles, spread_bits
 
 
 def _low_codes(nibbles: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def _symmetric_codes(values: torch.Tensor, levels: int) -> tuple[torch.Tensor, t
 def _offset_codes(values: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scale [n, 1], offset [n, 1] and codes [n, 32]: codes run from the smallest element to the largest."""
     offset = values.amin(dim=-1, keepdim=True)
-    scale = (values.amax(dim=-1, keepdim=True) - offset) / (levels - 1)
+    scale = divided(values.amax(dim=-1, keepdim=True) - offset, levels - 1)
     codes = ((values - offset) * inverse_or_zero(scale) + 0.5).trunc_().clamp_(0, levels - 1)
     return scale, offset, codes.to(torch.uint8)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .block_type import GgmlType, float16_at, float16_bytes, inverse_or_zero
+from .block_type import GgmlType, divided, float16_at, float16_bytes, inverse_or_zero
 
 
 def dequantize_q8_0(blocks: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def dequantize_q8_0(blocks: torch.Tensor) -> torch.Tensor:
 
 def quantize_q8_0(values: torch.Tensor) -> torch.Tensor:
     """Byte for byte what ggml writes: codes come from the float32 scale, before it is rounded to float16."""
-    scale = values.abs().amax(dim=-1, keepdim=True) / 127.0
+    scale = divided(values.abs().amax(dim=-1, keepdim=True), 127.0)
     scaled = values * inverse_or_zero(scale)
     # Halves go away from zero, as C's roundf does; adding 0.5 first would round 0.49999997 up.
     magnitude = scaled.abs()

@@ -176,6 +176,13 @@ def test_quantize_writes_what_c_writes(golden, name, poison_empty):
     assert torch.equal(got, torch.from_numpy(golden[f"{name}_bytes"]))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SAME_BYTES_AS_C)
+def test_quantize_writes_the_same_bytes_on_a_gpu(name):
+    rows = torch.randn(500, 4096, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 500)[:, None]
+    assert torch.equal(ggml.quantize(rows.cuda(), name).cpu(), ggml.quantize(rows, name))
+
+
 def test_q8_0_rounds_halves_away_from_zero():
     values = torch.zeros((1, 32))
     values[0, :7] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -2.5, 0.49999997])

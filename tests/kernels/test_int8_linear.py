@@ -405,3 +405,15 @@ def test_the_fake_agrees_with_the_op(with_bias, out_dtype, device):
         xq, x_scale, wq, w_scale, bias = operands(20, 72, 64, device)
         arguments = (xq[::2], x_scale[::2], wq, w_scale, bias if with_bias else None, out_dtype, False)
         torch.library.opcheck(torch.ops.lowbit.int8_linear.default, arguments)
+
+
+def test_a_descriptor_is_what_tritons_constructor_makes():
+    descriptor = pytest.importorskip("triton.tools.tensor_descriptor", reason="needs Triton 3.4 or newer")
+    from lowbit.kernels.int8_linear import triton_impl
+
+    for tensor in (torch.zeros(17, 48, dtype=torch.int8), torch.zeros(5, 64, dtype=torch.bfloat16)[:, :32]):
+        made = triton_impl._descriptor(tensor, 128, 64)
+        expected = descriptor.TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [128, 64])
+        assert made.base is tensor
+        assert {**vars(made), "base": None} == {**vars(expected), "base": None}
+        assert triton_impl._unfilled(tensor.dtype, tuple(tensor.shape), tensor.stride(), 128, 64).base is None
