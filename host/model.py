@@ -27,6 +27,7 @@ from . import compat, conditioning, fused_block, layouts, parallel_branches
 from .files import HostFile, check_still_the_same, errors_for_the_page
 from .ops import LoadSettings, make_operations
 from .patcher import adopt
+from .read_ahead import read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def _load_pair(request: LoadRequest, unconditional: str, unconditional_base_path
         branch=UNCONDITIONAL,
         base_path=unconditional_base_path,
     )
+    read_ahead(request.path, *(() if unconditional in (SAME_FILE, NONE) else (unconditional,)))
     checkpoint = open_branches(request.path, HostFile)
     negative_checkpoint = None
     if unconditional == SAME_FILE:
