@@ -8,7 +8,7 @@
     python benchmarks/e2e.py --profile stock_int8,lowbit_int8
 
 Random weights, both branches, the stock sampler through the stock guider of two models. Rows are added to OUT/e2e.csv,
-every number goes to OUT/e2e.json, and OUT/e2e.png is drawn from the newest rows. GB are 2^30 bytes.
+every number goes to OUT/e2e.json, and OUT/e2e.png shows each size's run of the most variants. GB are 2^30 bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--variants", type=names, default=e2e_variants.DEFAULT, metavar="NAME,...", help=e2e_variants.NAMES)
     add("--size", type=sizes, metavar="PIXELS,...", help=f"of the square image ({SIZE})")
-    add("--steps", type=at_least(2), default=4, metavar="N", help="of which the first is counted by itself (4)")
+    add("--steps", type=at_least(2), default=12, metavar="N", help="of which the first is counted by itself (12)")
     add(
         "--free-vram-gb",
         type=amounts,

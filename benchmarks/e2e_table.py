@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import math
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import results
-from .e2e_variants import PLAIN_TORCH, PROFILED, REFERENCE
+from .e2e_variants import PLAIN_TORCH, PROFILED, REFERENCE, without_extra, without_loras
 
 COLUMNS = (
     *(*results.ENVIRONMENT, "comfyui", "variant", "size", "free_vram_gb"),
@@ -189,15 +190,19 @@ def verdicts(asked: Sequence[Demand]) -> str:
 COLORS = {"stock": "#b0b0b0", "torch": "#e08e2b", "lowbit": "#1f5f9f"}
 
 
-def newest_runs(csv_path: pathlib.Path) -> dict[int, dict[str, float]]:
-    """Seconds per step by size and variant: for each size the newest run that had all of the device's memory."""
+def fullest_runs(csv_path: pathlib.Path) -> dict[int, dict[str, float]]:
+    """Seconds per step by size and variant: for each size the run of the most variants that had all of the device's
+    memory, the newest of several. Without LoRAs and extras: what they add is measured in turn, see `beside_base`."""
+    runs: dict[tuple[int, str], dict[str, float]] = collections.defaultdict(dict)
     with csv_path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if not row["free_vram_gb"]]
-    dates = {int(row["size"]): row["date"] for row in rows}  # rows are in the order of their runs
-    return {
-        size: {row["variant"]: float(row["step_s"]) for row in rows if (int(row["size"]), row["date"]) == (size, date)}
-        for size, date in sorted(dates.items())
-    }
+        for row in csv.DictReader(file):
+            if not row["free_vram_gb"] and without_loras(without_extra(row["variant"])) == row["variant"]:
+                runs[int(row["size"]), row["date"]][row["variant"]] = float(row["step_s"])
+    chosen = {}
+    for (size, _), steps in sorted(runs.items()):
+        if len(steps) >= len(chosen.get(size, ())):
+            chosen[size] = steps
+    return chosen
 
 
 def draw(csv_path: pathlib.Path, picture: pathlib.Path) -> None:
@@ -207,7 +212,7 @@ def draw(csv_path: pathlib.Path, picture: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = newest_runs(csv_path)
+    runs = fullest_runs(csv_path)
     if not runs:
         raise ValueError(f"{csv_path} holds no run with all of the device's memory free, there is nothing to draw")
     most = max(len(steps) for steps in runs.values())

@@ -1,8 +1,8 @@
 """What the linear layers of a running model read: largest magnitude and mean square of each input channel, and some
 rows.
 
-Everything is accumulated on the device that the model runs on, by two reductions a layer and call and two small
-additions; nothing waits for the device until the result is asked for.
+Everything is accumulated on the device that the model runs on, by one kernel a layer and call; nothing waits for the
+device until the result is asked for.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import functools
 import torch
 
 from ..convert.record import LayerActivations
+from ..kernels.record_channels import record_channels
 
 # Rows kept of each layer's input: enough for an output error within a few tenths of a dB.
 SAMPLE_ROWS = 64
+# Of 32 bits that a layer's statistics take for each channel: two numbers, and the sample in 16 bits.
+WORDS = 2 + SAMPLE_ROWS // 2
 # A median below this part of the largest channel counts as this: a layer with mostly dead channels stays finite.
 SMALLEST_MEDIAN = 1e-6
 
@@ -40,30 +43,23 @@ def is_linear(module: torch.nn.Module) -> bool:
 class LayerStatistics:
     """Of one layer; `sample` holds rows drawn evenly from all rows so far, bf16 [at most SAMPLE_ROWS, K].
 
-    N, K: output and input features. rows: seen so far. calls: of the layer.
+    N, K: output and input features. memory: float32 zeros [WORDS * K] on the device that computes. rows: seen so far.
+    calls: of the layer.
     """
 
-    def __init__(self, N: int, K: int, device: torch.device):
+    def __init__(self, N: int, K: int, memory: torch.Tensor):
         self.N, self.K, self.rows, self.calls = N, K, 0, 0
-        self._absmax = torch.zeros(K, dtype=torch.float32, device=device)
-        self._square_sum = torch.zeros(K, dtype=torch.float32, device=device)
-        self._sample = torch.zeros((SAMPLE_ROWS, K), dtype=torch.bfloat16, device=device)
+        self._absmax, self._square_sum, sample = memory.split([K, K, (WORDS - 2) * K])
+        self._sample = sample.view(torch.bfloat16).view(SAMPLE_ROWS, K)
 
     def update(self, x: torch.Tensor) -> None:
-        """Add what a call reads: x[..., K]."""
-        x = x.detach().reshape(-1, self.K)
-        count, device = x.shape[0], self._absmax.device
+        """Add what a call reads: x[..., K]. Brought to the layer's device where the model runs on a second one too."""
+        device = self._absmax.device
+        x = x.detach().reshape(-1, self.K).to(device, non_blocking=True)
+        count = x.shape[0]
         if count == 0:
             return
-        absmax = torch.linalg.vector_norm(x, float("inf"), dim=0).to(device, torch.float32, non_blocking=True)
-        root = torch.linalg.vector_norm(x, 2, dim=0, dtype=torch.float32).to(device, non_blocking=True)
-        torch.maximum(self._absmax, absmax, out=self._absmax)
-        self._square_sum.addcmul_(root, root)
-        drawn = _draw(self.rows, count, x.device, device)
-        if drawn is not None:
-            slots, rows = drawn
-            picked = x.index_select(0, rows).to(device, torch.bfloat16, non_blocking=True)
-            self._sample.index_copy_(0, slots, picked)
+        record_channels(x, self._absmax, self._square_sum, self._sample, *_draw(self.rows, count, device))
         self.rows += count
         self.calls += 1
 
@@ -77,11 +73,11 @@ class LayerStatistics:
 
 
 @functools.lru_cache(maxsize=256)
-def _draw(seen: int, count: int, *devices: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _draw(seen: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of `count` new rows go where in a sample of SAMPLE_ROWS out of `seen` rows: Vitter's algorithm R.
 
-    Slots on the second device, rows on the first; None for no row at all. Drawn anew from the counts alone, so that
-    layers which see the same tokens keep the same ones, and runs can be repeated.
+    Rows and slots, int64 [n] on the device. Drawn anew from the counts alone, so that layers which see the same tokens
+    keep the same ones, and runs can be repeated.
     """
     generator = torch.Generator().manual_seed(seen * 1_000_003 + count)
     places = torch.arange(seen, seen + count, dtype=torch.float64)
@@ -89,13 +85,10 @@ def _draw(seen: int, count: int, *devices: torch.device) -> tuple[torch.Tensor, 
     slots = torch.where(places < SAMPLE_ROWS, places.long(), slots)
     rows = (slots < SAMPLE_ROWS).nonzero().flatten()
     chosen = dict(zip(slots[rows].tolist(), rows.tolist(), strict=True))  # of two rows for a slot the later one stays
-    if not chosen:
-        return None
-    row_device, slot_device = devices
     # From ordinary memory a copy without waiting is staged: the device does not have to catch up.
-    return (
-        torch.tensor(list(chosen), dtype=torch.int64).to(slot_device, non_blocking=True),
-        torch.tensor(list(chosen.values()), dtype=torch.int64).to(row_device, non_blocking=True),
+    return tuple(
+        torch.tensor(list(numbers), dtype=torch.int64).to(device, non_blocking=True)
+        for numbers in (chosen.values(), chosen)
     )
 
 
@@ -104,6 +97,8 @@ class ActivationRecorder:
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerStatistics] = {}
+        self._features: dict[str, int] = {}  # K of every linear layer that was attached to
+        self._memory: dict[str, torch.Tensor] = {}
         # By model: the hooks, and the compiled calls that were taken off.
         self._attached: dict[torch.nn.Module, tuple[list, list]] = {}
 
@@ -111,11 +106,9 @@ class ActivationRecorder:
         """Record what the model's linear layers read from now on. A second call changes nothing."""
         if model in self._attached:
             return
-        hooks = [
-            module.register_forward_pre_hook(functools.partial(self._observe, name), with_kwargs=True)
-            for name, module in model.named_modules()
-            if is_linear(module)
-        ]
+        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+        self._features |= {name: module.in_features for name, module in linears.items()}
+        hooks = [self._hook(name, module) for name, module in linears.items()]
         # A compiled call runs no hooks that came after it was compiled.
         compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
         for module, _ in compiled:
@@ -149,9 +142,26 @@ class ActivationRecorder:
                 )
         return record
 
+    def _hook(self, name: str, module: torch.nn.Module):
+        observe = functools.partial(self._observe, name, module)
+        if hasattr(module, "observe_input"):  # ours, which fused kernels leave their floats for
+            return module.observe_input(observe)
+        return module.register_forward_pre_hook(
+            lambda _, arguments, named: observe(next(iter((*arguments, *named.values())))), with_kwargs=True
+        )
+
     @torch.inference_mode()
-    def _observe(self, name: str, module: torch.nn.Module, arguments: tuple, named: dict) -> None:
-        x = next(iter((*arguments, *named.values())))
+    def _observe(self, name: str, module: torch.nn.Module, x: torch.Tensor) -> None:
         if name not in self.layers:
-            self.layers[name] = LayerStatistics(module.out_features, module.in_features, x.device)
+            memory = self._memory_of(name, x.device)
+            self.layers[name] = LayerStatistics(module.out_features, module.in_features, memory)
         self.layers[name].update(x)
+
+    def _memory_of(self, name: str, device: torch.device) -> torch.Tensor:
+        """A layer's share of memory that is allocated for all layers at once: small tensors that stay, made between
+        the large ones of a call, would each hold on to a piece of the allocator's memory."""
+        if name not in self._memory:
+            sizes = {other: WORDS * K for other, K in self._features.items() if other not in self._memory}
+            memory = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=device)
+            self._memory |= dict(zip(sizes, memory.split(list(sizes.values())), strict=True))
+        return self._memory[name]

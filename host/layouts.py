@@ -184,6 +184,19 @@ def from_host(tensor: torch.Tensor) -> QuantizedWeight | None:
     return found[2]
 
 
+def as_parameter(weight: torch.Tensor) -> torch.nn.Parameter:
+    """A moved weight as a parameter.
+
+    Torch lets a quantized tensor made outside inference mode become no parameter inside it. The host loads inside and
+    unloads on either side: here the tensor is always made inside, on whatever bytes it has.
+    """
+    quantized = from_host(weight)
+    with torch.inference_mode():
+        if quantized is not None:
+            weight = to_host(quantized, weight.dtype)
+        return torch.nn.Parameter(weight, requires_grad=False)
+
+
 def saved_format(weight: QuantizedWeight) -> str:
     """The `format` that a saved file's `comfy_quant` marker carries."""
     if isinstance(weight, Int8Weight):

@@ -6,6 +6,7 @@ with different settings never disturb each other.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
@@ -16,20 +17,18 @@ import comfy.model_management
 import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
+from torch.utils.hooks import RemovableHandle
 
 from ..formats import Fp8Weight, GgmlWeight, Int8Weight, QuantizedWeight, int8
 from ..kernels import quantized_linear
 from ..kernels.int8_linear import int8_linear
-from ..kernels.unpack import unpack
 from ..kernels.unpack_to_int8 import find_row_scale
 from . import layouts
+from .embedding import LowbitEmbedding
 from .kept_memory import KeptMemory
 from .lora import SidePath
 
 logger = logging.getLogger(__name__)
-
-# Embeddings of fewer rows than any tokenizer's vocabulary are small: image indicators, position biases.
-SMALLEST_VOCABULARY = 16_384
 
 
 @dataclasses.dataclass
@@ -146,7 +145,8 @@ def _saved(name: str) -> property:
 class LowbitLinear:
     """A linear layer whose weight may be quantized: mixed into the host's mixed-precision Linear.
 
-    model_patches, hook_patches: the side paths of LoRA nodes and of hooks, at most one each.
+    model_patches, hook_patches: the side paths of LoRA nodes and of hooks, at most one each. observers: see
+    `observe_input`.
     """
 
     lowbit_settings: LoadSettings
@@ -163,6 +163,7 @@ class LowbitLinear:
         self.weight_comfy_model_dtype = self.factory_kwargs["dtype"]
         self.model_patches: list[SidePath] = []
         self.hook_patches: list[SidePath] = []
+        self.observers: dict[int, Callable[[torch.Tensor], None]] = collections.OrderedDict()
         self._row_scale: torch.Tensor | None = None
         self._smooth: torch.Tensor | None = None
         self.register_load_state_dict_post_hook(_keep_missing_keys)
@@ -210,6 +211,10 @@ class LowbitLinear:
     # Computing
 
     def forward(self, input, *args, **kwargs):
+        has_codes = isinstance(input, QuantizedActivations)
+        values = input.values if has_codes else input
+        for observer in self.observers.values():
+            observer(values)
         if layouts.from_host(self.weight) is None:
             return super().forward(input, *args, **kwargs)
         comfy.ops.run_every_op()
@@ -222,8 +227,6 @@ class LowbitLinear:
             compute_dtype=input.dtype,
             want_requant=True,
         )
-        has_codes = isinstance(input, QuantizedActivations)
-        values = input.values if has_codes else input
         side_paths = (*self.model_patches, *self.hook_patches)
         low_rank, *others = [side_path.hidden_and_up(values) for side_path in side_paths] or [None]
         if has_codes:
@@ -291,8 +294,18 @@ class LowbitLinear:
 
     @property
     def reads_values(self) -> bool:
-        """Whether this layer also reads the floats that quantized activations stand for: a LoRA's side path does."""
-        return len(self.model_patches) + len(self.hook_patches) > 0  # which torch.compile can trace
+        """Whether this layer also reads the floats that quantized activations stand for: a LoRA's side path does, and
+        an observer."""
+        return len(self.model_patches) + len(self.hook_patches) + len(self.observers) > 0  # torch.compile can trace it
+
+    def observe_input(self, observer: Callable[[torch.Tensor], None]) -> RemovableHandle:
+        """Have observer(x) called with the floats x [..., K] that each call reads, until the handle is removed.
+
+        A forward hook would have the fused kernels step aside; for an observer they keep the floats beside the codes.
+        """
+        handle = RemovableHandle(self.observers)
+        self.observers[handle.id] = observer
+        return handle
 
     def _quantizer(self, device: torch.device) -> Quantizer:
         weight = layouts.from_host(self.weight)
@@ -324,7 +337,7 @@ class LowbitLinear:
         try:
             return super()._apply(fn, recurse)
         finally:
-            self.weight = _as_parameter(moved)
+            self.weight = layouts.as_parameter(moved)
 
     def register_parameter(self, name, param):
         """However the weight is replaced or moved, it comes through here: what was found out about the old one ends."""
@@ -361,74 +374,6 @@ class LowbitLinear:
             marker = {"format": self.quant_format, "convrot": True, "convrot_groupsize": quantized.rotation_group}
             saved[f"{prefix}comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
         return saved
-
-
-class LowbitEmbedding:
-    """An embedding reads rows, not products: a vocabulary of GGML blocks stays in them, and a lookup unpacks its rows.
-
-    A vocabulary of floats stays on the file's mapping, in the file's dtype. Any other table is small or of another
-    format and is unpacked at load.
-    """
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        key = f"{prefix}weight"
-        quantized = layouts.from_host(state_dict.get(key))
-        if quantized is not None and not (isinstance(quantized, GgmlWeight) and self._is_vocabulary()):
-            state_dict[key] = quantized.dequantize(self.weight.dtype)
-            quantized = None
-        weight = state_dict.pop(key) if key in state_dict and self._is_vocabulary() else None
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
-        if weight is None:
-            return
-        if key in missing_keys:
-            missing_keys.remove(key)
-        if tuple(weight.shape) != tuple(self.weight.shape):
-            errors.append(f"size mismatch for {key}: {list(weight.shape)} in the file, {list(self.weight.shape)} here.")
-        elif quantized is not None:
-            self.weight = torch.nn.Parameter(layouts.to_host(quantized, self.weight.dtype), requires_grad=False)
-            self.layout_type, self.quant_format = self.weight._layout_cls, layouts.saved_format(quantized)
-        else:
-            self.weight = torch.nn.Parameter(weight, requires_grad=False)
-            self.weight_comfy_model_dtype = weight.dtype  # what dynamic VRAM casts a float table to
-
-    def _is_vocabulary(self) -> bool:
-        return self.num_embeddings >= SMALLEST_VOCABULARY
-
-    def forward_comfy_cast_weights(self, input, out_dtype=None):
-        if layouts.from_host(self.weight) is None:
-            return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
-        dtype = self.weight.dtype
-        weight, _, offload_stream = comfy.ops.cast_bias_weight(
-            self, dtype=dtype, device=input.device, bias_dtype=dtype, offloadable=True
-        )
-        table = layouts.from_host(weight)
-        if table is None:  # the host has unpacked it for a patch
-            values = torch.nn.functional.embedding(input, weight)
-        else:
-            blocks = table.data.index_select(0, input.reshape(-1))
-            values = unpack(blocks, table.ggml_type, out_dtype or dtype).unflatten(0, input.shape)
-        comfy.ops.uncast_bias_weight(self, weight, None, offload_stream)
-        return values.to(out_dtype or dtype)
-
-    def _apply(self, fn, recurse=True):
-        """Moving to a device: torch would write the moved table into `data`, as LowbitLinear.set_weight explains."""
-        if layouts.from_host(self.weight) is None:
-            return super()._apply(fn, recurse)
-        self.weight = _as_parameter(fn(self.weight))
-        return self
-
-
-def _as_parameter(weight: torch.Tensor) -> torch.nn.Parameter:
-    """A moved weight as a parameter.
-
-    Torch lets a quantized tensor made outside inference mode become no parameter inside it. The host loads inside and
-    unloads on either side: here the tensor is always made inside, on whatever bytes it has.
-    """
-    quantized = layouts.from_host(weight)
-    with torch.inference_mode():
-        if quantized is not None:
-            weight = layouts.to_host(quantized, weight.dtype)
-        return torch.nn.Parameter(weight, requires_grad=False)
 
 
 def quantize_on_the_fly(weight: torch.Tensor) -> QuantizedWeight:

@@ -2,7 +2,7 @@
 
 The recorders hang on callbacks that the host makes before and after each sampling run of the very patcher that carries
 them: clones of it, with a LoRA for instance, record too, the model that it was cloned from never does, and between runs
-there is no hook on any module. Fused blocks step aside for hooks, see `fused_block.py`.
+there is no hook on any module.
 """
 
 from __future__ import annotations

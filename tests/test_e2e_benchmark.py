@@ -253,7 +253,7 @@ def test_the_table_shows_ratios_within_the_run():
 ENVIRONMENT = {"date": "2026-01-01 10:00:00", "device": "a device", "torch": "2.11", "triton": "3.6", "comfyui": "0.30"}
 
 
-def test_the_picture_shows_the_newest_run_of_each_size_with_all_memory(tmp_path):
+def test_the_picture_shows_the_fullest_run_of_each_size_with_all_memory(tmp_path):
     path = tmp_path / "e2e.csv"
 
     def append(date: str, **values) -> None:
@@ -265,8 +265,11 @@ def test_the_picture_shows_the_newest_run_of_each_size_with_all_memory(tmp_path)
     append("2026-01-02 10:00:00", step_s=0.3)
     append("2026-01-02 10:00:00", variant="stock_bf16", step_s=0.4)
     append("2026-01-01 11:00:00", size=2048, step_s=0.9)
+    append("2026-01-02 11:00:00", size=2048, step_s=0.8)  # the newer of two with as many variants
+    append("2026-01-02 12:00:00", step_s=0.6)  # newer, with fewer
+    append("2026-01-02 12:00:00", variant="lowbit_int8_lora", step_s=0.6)
     append("2026-01-03 10:00:00", step_s=0.7, free_vram_gb=24.0, error=None)
-    assert e2e_table.newest_runs(path) == {1024: {"lowbit_int8": 0.3, "stock_bf16": 0.4}, 2048: {"lowbit_int8": 0.9}}
+    assert e2e_table.fullest_runs(path) == {1024: {"lowbit_int8": 0.3, "stock_bf16": 0.4}, 2048: {"lowbit_int8": 0.8}}
     last = path.read_text().splitlines()[-1]
     assert last == "2026-01-03 10:00:00,a device,2.11,3.6,0.30,lowbit_int8,1024,24,1,2,0.7,10,3,"
 

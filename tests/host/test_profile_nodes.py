@@ -114,13 +114,26 @@ def test_the_profiled_model_computes_the_same_and_the_original_is_left_alone(com
     assert calls == 2 and hooks(model) == 0
     assert torch.equal(sample(comfy_host, model), before)
     assert branch.recorder.layers[LOUD].calls == calls
-    if loader == "int8":  # fused blocks step aside while layers are recorded, and round at other places
-        from lowbit.host import fused_block
+    assert torch.equal(during, before)
 
-        assert quantized.relative(during, before) < 0.05
-        assert fused_block.report(patched) == ["Fused blocks: 2 of 2"]
-    else:
-        assert torch.equal(during, before)
+
+def test_fused_blocks_stay_fused_while_their_layers_are_recorded(comfy_host, profiling, tmp_path, monkeypatch):
+    from lowbit.host import fused_block
+
+    model = LOADERS["int8"](comfy_host, tmp_path)
+    patched, _, profile = profiling.profile_models(model)
+    kept, original = [], fused_block.swiglu_quantize
+
+    def counted(*arguments):
+        kept.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(fused_block, "swiglu_quantize", counted)
+    sample(comfy_host, patched)
+    assert kept == [True] * 4  # two layers, two steps, and the floats beside the codes
+    assert {layer.calls for layer in profile.branches[0].recorder.layers.values()} == {2}
+    sample(comfy_host, model)
+    assert kept[4:] == [False] * 4
 
 
 def test_a_run_that_fails_leaves_no_hooks(comfy_host, profiling):

@@ -237,7 +237,7 @@ def test_the_vocabulary_stays_quantized_and_the_whole_model_as_large_as_its_file
 
 
 def test_a_lookup_unpacks_the_rows_it_reads_and_no_others(comfy_host, loaded, monkeypatch):
-    from lowbit.host import ops
+    from lowbit.host import embedding
 
     _, clip = loaded
     table, unpacked = vocabulary(clip), []
@@ -246,8 +246,8 @@ def test_a_lookup_unpacks_the_rows_it_reads_and_no_others(comfy_host, loaded, mo
         unpacked.append(tuple(blocks.shape))
         return real(blocks, ggml_type, dtype)
 
-    real = ops.unpack
-    monkeypatch.setattr(ops, "unpack", watched)
+    real = embedding.unpack
+    monkeypatch.setattr(embedding, "unpack", watched)
     encode(comfy_host, clip)
     tokens = len(next(iter(clip.tokenize(PROMPT).values()))[0])
     assert unpacked == [(tokens, 144)]

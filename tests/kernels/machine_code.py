@@ -48,6 +48,7 @@ POINTED_TO = {
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.int32: "i32",
+    torch.int64: "i64",
 }
 # Multiplications of int8 values in a cycle by a quarter of a multiprocessor, and in an instruction.
 INT8_PRODUCTS_A_CYCLE = {80: 512, 86: 256, 89: 256, 120: 256}
@@ -282,6 +283,17 @@ def calls_of_gated_residual_norm_quantize(op: ModuleType) -> Iterator[tuple[str,
             yield f"{label}{' kept' * kept}", call
 
 
+def calls_of_record_channels(op: ModuleType) -> Iterator[tuple[str, Any]]:
+    drawn = meta(64, dtype=torch.int64)
+    for K, dtype in ((4608, torch.bfloat16), (4608, torch.float16), (4608, torch.float32), (255, torch.bfloat16)):
+        channels, sample = meta(K, dtype=torch.float32), meta(64, K)
+        call = op.RecordChannelsCall(meta(4352, K, dtype=dtype), channels, channels, sample, drawn, drawn)
+        yield f"K={K} {POINTED_TO[dtype]}", call
+    channels, drawn = meta(4608, dtype=torch.float32), meta(128, dtype=torch.int64)
+    call = op.RecordChannelsCall(meta(4352, 4608), channels, channels, meta(128, 4608), drawn, drawn)
+    yield "K=4608 bf16 largest sample", call
+
+
 def calls_of_weight_only_int8_linear(op: ModuleType) -> Iterator[tuple[str, Any]]:
     for M, K, dtype in itertools.product((1, 2, 16), (512, 4608), (torch.bfloat16, torch.float16)):
         x, wq = meta(M, K, dtype=dtype), meta(18432, K, dtype=torch.int8)
@@ -370,6 +382,7 @@ CALLS = {
     "swiglu_quantize": calls_of_swiglu_quantize,
     "gated_residual": calls_of_gated_residual,
     "gated_residual_norm_quantize": calls_of_gated_residual_norm_quantize,
+    "record_channels": calls_of_record_channels,
     "weight_only_int8_linear": calls_of_weight_only_int8_linear,
     "ggml_linear": calls_of_ggml_linear,
     "unpack": calls_of_unpack,

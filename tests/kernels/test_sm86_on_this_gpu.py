@@ -20,6 +20,7 @@ from lowbit.kernels.gated_residual_norm_quantize import gated_residual_norm_quan
 from lowbit.kernels.ggml_linear import ggml_linear
 from lowbit.kernels.int8_linear import configs, int8_linear
 from lowbit.kernels.quantize_per_token import quantize_per_token
+from lowbit.kernels.record_channels import record_channels
 from lowbit.kernels.rms_norm_scale_quantize import rms_norm_scale_quantize
 from lowbit.kernels.swiglu_quantize import swiglu_quantize
 from lowbit.kernels.unpack import unpack
@@ -237,6 +238,25 @@ class TestProducers:
         alone = as_sm86(gated_residual, *arguments, 1e-5)
         assert_within_eps(alone, x, 2)  # a sum may be contracted into its product in one and not in the other
         assert driver.launched == ["_gated_residual_norm_quantize_kernel"] * 2 + ["_gated_residual_kernel"]
+
+
+@pytest.mark.parametrize("K", [255, 4608, 12288])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_record_channels(dtype, K, device, driver, as_sm86):
+    """A square is rounded, and added up in at most 3 + 8 steps within a call and 3 of calls: half a float32 eps each,
+    and one more for the expected value."""
+    x = torch.randn(600, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    rows, slots = (torch.tensor(values, device=device) for values in ([599, 0, 300], [2, 63, 0]))
+    absmax, square_sum = torch.zeros(2, K, device=device)
+    sample = torch.full((64, K), 77.0, dtype=torch.bfloat16, device=device)
+    kept = sample.clone()
+    for part, n in ((x[:257], 0), (x, 3), (x[:1], 0)):
+        as_sm86(record_channels, part, absmax, square_sum, sample, rows[:n], slots[:n])
+    kept[slots] = x[rows].to(torch.bfloat16)
+    assert torch.equal(absmax, x.float().abs().amax(dim=0)) and torch.equal(sample, kept)
+    expected = torch.cat((x[:257], x, x[:1])).double().square().sum(dim=0).float()
+    torch.testing.assert_close(square_sum, expected, rtol=8 * torch.finfo(torch.float32).eps, atol=0)
+    assert driver.launched == ["_record_channels_kernel"] * 3
 
 
 # The ops that unpack weights, and the product of few tokens
