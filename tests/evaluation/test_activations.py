@@ -104,7 +104,7 @@ def test_a_call_costs_one_kernel_and_waits_for_nothing(monkeypatch):
         first.update(x)
         with Ops() as ops:
             second.update(x)
-        assert set(ops.names) <= {"detach", "view"}
+        assert set(ops.names) <= {"detach", "view", "reshape", "to"}  # the last two in inference mode alone
     assert len(drawn) == 80 and all(one is other for one, other in zip(drawn[::2], drawn[1::2], strict=True))
     assert len(drawn[0]) == SAMPLE_ROWS and 3 < sum(len(slots) > 0 for slots in drawn[::2]) < 38  # ever fewer calls
 
