@@ -1,18 +1,19 @@
 """What the linear layers of a running model read: largest magnitude and mean square of each input channel, and some
 rows.
 
-Everything is accumulated on the device that the model runs on, by one kernel a layer and call; nothing waits for the
-device until the result is asked for.
+Everything is accumulated on the device that the model runs on, by one call of `record_channels` a layer; nothing waits
+for the device until the result is asked for.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 
 from ..convert.record import LayerActivations
-from ..kernels.record_channels import record_channels
+from ..kernels.record_channels import DTYPES, record_channels
 
 # Rows kept of each layer's input: enough for an output error within a few tenths of a dB.
 SAMPLE_ROWS = 64
@@ -56,6 +57,8 @@ class LayerStatistics:
         """Add what a call reads: x[..., K]. Brought to the layer's device where the model runs on a second one too."""
         device = self._absmax.device
         x = x.detach().reshape(-1, self.K).to(device, non_blocking=True)
+        if x.dtype not in DTYPES:
+            x = x.float()
         count = x.shape[0]
         if count == 0:
             return
@@ -99,6 +102,7 @@ class ActivationRecorder:
         self.layers: dict[str, LayerStatistics] = {}
         self._features: dict[str, int] = {}  # K of every linear layer that was attached to
         self._memory: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()  # with a model on two GPUs, two threads record
         # By model: the hooks, and the compiled calls that were taken off.
         self._attached: dict[torch.nn.Module, tuple[list, list]] = {}
 
@@ -150,12 +154,14 @@ class ActivationRecorder:
             lambda _, arguments, named: observe(next(iter((*arguments, *named.values())))), with_kwargs=True
         )
 
+    @torch.compiler.disable
     @torch.inference_mode()
     def _observe(self, name: str, module: torch.nn.Module, x: torch.Tensor) -> None:
-        if name not in self.layers:
-            memory = self._memory_of(name, x.device)
-            self.layers[name] = LayerStatistics(module.out_features, module.in_features, memory)
-        self.layers[name].update(x)
+        with self._lock:
+            if name not in self.layers:
+                memory = self._memory_of(name, x.device)
+                self.layers[name] = LayerStatistics(module.out_features, module.in_features, memory)
+            self.layers[name].update(x)
 
     def _memory_of(self, name: str, device: torch.device) -> torch.Tensor:
         """A layer's share of memory that is allocated for all layers at once: small tensors that stay, made between

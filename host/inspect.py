@@ -116,7 +116,8 @@ def _patches_text(patcher, linears: dict[str, LowbitLinear]) -> list[str]:
     for name, module in linears.items():
         key = f"diffusion_model.{name}.weight"
         if key in patcher.patches and layouts.from_host(module.weight) is not None:
-            side += side_path(key, patcher.patches[key], *module.weight.shape) is not None
+            kept = module.lowbit_settings.kept_patches
+            side += side_path(key, patcher.patches[key], *module.weight.shape, kept) is not None
     beside = f"for {side} of them the patch is added beside the quantized weight"
     return [f"Patched weights: {len(patcher.patches)} ({beside})", ""]
 

@@ -2,7 +2,7 @@
 
 Made one by one between the large tensors of a call, each holds on to the piece of the allocator's memory that it
 happens to lie in, and the next large tensor needs a new piece. With ComfyUI's default allocator (cudaMallocAsync) the
-row scales of two Q4_K models, 15 MB, cost 2.2 GiB in this way.
+row scales of two Q4_K models, 15 MB, cost 2 GiB in this way.
 """
 
 from __future__ import annotations

@@ -158,11 +158,11 @@ def _slices(offset: Offset | None) -> tuple[slice, slice]:
     return (part, slice(None)) if dim == 0 else (slice(None), part)
 
 
-def side_path(key: str, patches: list[tuple], N: int, K: int, kept: KeptMemory | None = None) -> SidePath | None:
+def side_path(key: str, patches: list[tuple], N: int, K: int, kept: KeptMemory) -> SidePath | None:
     """The host's patches of one weight [N, K] as a side path, or None when one of them cannot be part of it.
 
-    key: of the weight. kept: device memory of the matrices, of its own by default. A patch whose shapes do not fit the
-    weight is left out with a line in the log, as the host does.
+    key: of the weight. kept: device memory for the matrices. A patch whose shapes do not fit the weight is left out
+    with a line in the log, as the host does.
     """
     terms = []
     for patch in patches:
@@ -170,7 +170,7 @@ def side_path(key: str, patches: list[tuple], N: int, K: int, kept: KeptMemory |
             terms.append(_term(*patch, N, K))
         except _MisfitError as misfit:
             logger.warning("Lowbit: a LoRA for %s is left out: %s. It was made for another model.", key, misfit)
-    return None if any(term is None for term in terms) else SidePath(terms, N, K, kept or KeptMemory())
+    return None if any(term is None for term in terms) else SidePath(terms, N, K, kept)
 
 
 def small_changes(patches: list[tuple]) -> bool:

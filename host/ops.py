@@ -38,8 +38,8 @@ class LoadSettings:
     file_name: for messages. compute_mode: `auto`, `int8` or `exact`. tune: whether kernels may measure their
     configurations at first use. quantize_layer: whether a float linear weight of this module name and shape [N, K] is
     quantized to INT8 at load. before_quantizing: called before each of them; it may raise to cancel the load.
-    missing_keys: filled by the load, what the file did not supply. kept: device memory of what the layers find out at
-    their first use.
+    missing_keys: filled by the load, what the file did not supply. kept, kept_patches: device memory of what the
+    layers find out at their first use, and of LoRA matrices, which go before the model does.
     """
 
     file_name: str
@@ -49,6 +49,7 @@ class LoadSettings:
     before_quantizing: Callable[[], None] = lambda: None
     missing_keys: list[str] = dataclasses.field(default_factory=list)
     kept: KeptMemory = dataclasses.field(default_factory=KeptMemory)
+    kept_patches: KeptMemory = dataclasses.field(default_factory=KeptMemory)
 
     def mode_of(self, weight: QuantizedWeight) -> str:
         """`int8` or `exact`: what `auto` means for this weight on the device that runs models."""
@@ -136,7 +137,7 @@ def _saved(name: str) -> property:
     def read(self: LowbitLinear) -> torch.Tensor:
         saved = self.state_dict()
         if name not in saved:
-            raise AttributeError(f"this layer's file would hold no {name}")
+            raise AttributeError(name)  # torch's module then says that it has no such attribute
         return saved[name]
 
     return property(read)

@@ -153,7 +153,7 @@ class _KeepsQuantized:
         """The patches of a weight beside it, or None where they, or a pack that wraps it, have to see the weight."""
         if key in self.weight_wrapper_patches:
             return None
-        return side_path(key, patches, *module.weight.shape, module.lowbit_settings.kept)
+        return side_path(key, patches, *module.weight.shape, module.lowbit_settings.kept_patches)
 
     def _is_packed_again(self, key: str, module: LowbitLinear) -> bool:
         """Whether the patches of a quantized weight are left to the host, which merges them into it."""

@@ -1,7 +1,7 @@
 """Bring a model's files into the system's file cache while nodes still work.
 
-Each weight is read when its layer first runs, and the GPU waits for it; until then, while the text encoder works, the
-disk would idle. So a thread reads the files from the start as soon as they are picked.
+Each weight is read when its layer first runs, and the GPU waits for it; until then the disk would idle, while the text
+encoder works for instance. So a thread reads the files from the start as soon as a loader node runs.
 """
 
 from __future__ import annotations
@@ -33,21 +33,7 @@ def _read(paths: tuple[str, ...], limit_bytes: int) -> None:
     for path in paths:
         try:
             with open(path, "rb", buffering=0) as file:
-                while limit_bytes > 0:
-                    limit_bytes -= PIECE_BYTES
-                    if _is_cached(file.fileno(), file.tell()):
-                        file.seek(PIECE_BYTES, os.SEEK_CUR)
-                    elif not file.readinto(piece):
-                        break
+                while limit_bytes > 0 and (count := file.readinto(piece)):
+                    limit_bytes -= count
         except OSError as error:
             logger.debug("Lowbit: %s is not read ahead: %s", os.path.basename(path), error)
-
-
-def _is_cached(descriptor: int, offset: int) -> bool:
-    """Whether the system has the byte at an offset in its cache; False where it does not tell, and at a file's end."""
-    if not hasattr(os, "RWF_NOWAIT"):
-        return False
-    try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except OSError:  # it is not, or the file system cannot say
-        return False

@@ -95,11 +95,11 @@ def fingerprint(*names: str | None) -> list[str]:
 
     Names that come through a link are not known here, and are None: their loader runs again once its file was refused.
     """
-    states = file_states(*names)
+    states = picked_states(*names)
     return states if names[0] is not None else [*states, str(files.refusals())]
 
 
-def file_states(*names: str | None) -> list[str]:
+def picked_states(*names: str | None) -> list[str]:
     """The state of every file among the names that are picked in a node's widgets; None came through a link."""
     picked = [name for name in names if name not in (None, model.SAME_FILE, model.NONE)]
     return [repr(files.file_state(files.full_path(name))) for name in picked]

@@ -124,7 +124,7 @@ def fingerprint(
     Names that come through a link are not known here, and are None.
     """
     named = convert.states_in_output_folder(fragility_report, activation_record, policy_file)
-    return [*inputs.file_states(checkpoint, unconditional), *named]
+    return [*inputs.picked_states(checkpoint, unconditional), *named]
 
 
 def report() -> io.String.Output:

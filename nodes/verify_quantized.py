@@ -47,7 +47,7 @@ class VerifyQuantized(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint=None, source=None, unconditional=None, source_unconditional=None, **_others):
-        return inputs.file_states(checkpoint, source, unconditional, source_unconditional)
+        return inputs.picked_states(checkpoint, source, unconditional, source_unconditional)
 
     @classmethod
     def execute(

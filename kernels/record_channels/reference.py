@@ -1,5 +1,5 @@
 """absmax = max(absmax, |x|), square_sum += x**2, sample[slots] = x[rows], in plain torch; nothing waits for the
-device, and there is no float32 copy of x."""
+device, and CUDA makes no float32 copy of x."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What outlives a call lies in few blocks, which go with the last tensor in them."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -58,16 +59,23 @@ def test_a_block_lives_as_long_as_a_tensor_in_it(kept):
     assert torch.equal(kept.keep(torch.full((5,), 2.0)), torch.full((5,), 2.0))
 
 
-@pytest.mark.gpu
-def test_row_scales_and_lora_matrices_lie_in_few_blocks(comfy_host, tmp_path):
+def test_a_lora_that_is_let_go_leaves_nothing_where_row_scales_lie(comfy_host, tmp_path):
     """Of all tensors that a model keeps beside its weights, each in memory of its own once cost 2 GiB."""
     from host_harness import quantized_models as quantized
 
-    model = quantized.load(quantized.write(tmp_path, "q4_k"), "int8")
+    model = quantized.load(quantized.write(tmp_path, "q4_k"), "int8", dtype="bf16")
     patched = quantized.add_lora(comfy_host, model, quantized.lora("lora"))
     quantized.output(comfy_host, patched)
     linears = quantized.quantized_linears(patched).values()
     scales = [module._row_scale for module in linears if module._row_scale is not None]
-    matrices = [matrix for module in linears for side in module.model_patches for matrix in side._matrices]
+    sides = [side for module in linears for side in module.model_patches]
+    matrices = [matrix for side in sides for matrix in side._matrices]
     assert len(scales) > 5 and len(matrices) > 5
-    assert len({storage(tensor) for tensor in (*scales, *matrices)}) == 1
+    (of_scales,), (of_matrices,) = {storage(tensor) for tensor in scales}, {storage(tensor) for tensor in matrices}
+    assert of_scales != of_matrices
+    block = weakref.ref(matrices[0].lowbit_block)
+    del matrices
+    assert block() is not None
+    for side in sides:
+        side.release()
+    assert block() is None

@@ -63,6 +63,7 @@ def test_what_goes_beside_the_weight(comfy_host, pair, kind, beside):
     "kinds", [["loha"], ["lokr"], ["lokr_of_factors"], ["lokr", "lora", "loha", "lokr_of_factors"]]
 )
 def test_a_side_path_is_what_the_host_would_merge(comfy_host, kinds, offset):
+    from lowbit.host.kept_memory import KeptMemory
     from lowbit.host.lora import side_path
 
     N, K = 256, 192
@@ -74,7 +75,7 @@ def test_a_side_path_is_what_the_host_would_merge(comfy_host, kinds, offset):
     patches = [(0.7 + i, adapters[f"l{i}"], 1.0, offset, None) for i in range(len(kinds))]
     merged = comfy_host.comfy.lora.calculate_weight(list(patches), torch.zeros(N, K), "key")
     x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(0))
-    path, y = side_path("key", patches, N, K), torch.zeros(2, 5, N)
+    path, y = side_path("key", patches, N, K, KeptMemory()), torch.zeros(2, 5, N)
     if any(kind in ("lora", "loha") for kind in kinds):
         hidden, up = path.hidden_and_up(x)
         y += hidden @ up.T

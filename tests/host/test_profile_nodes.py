@@ -37,7 +37,10 @@ def modules(model):
 
 
 def hooks(model) -> int:
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules(model))
+    return sum(
+        len(module._forward_pre_hooks) + len(module._forward_hooks) + len(getattr(module, "observers", ()))
+        for module in modules(model)
+    )
 
 
 def sample(host, model, negative=None, seed=0):
@@ -136,8 +139,9 @@ def test_fused_blocks_stay_fused_while_their_layers_are_recorded(comfy_host, pro
     assert kept[4:] == [False] * 4
 
 
-def test_a_run_that_fails_leaves_no_hooks(comfy_host, profiling):
-    model = comfy_host.load_state_dict(small.ideogram4())
+@pytest.mark.parametrize("loader", ["stock", "int8"])
+def test_a_run_that_fails_leaves_no_hooks(comfy_host, profiling, tmp_path, loader):
+    model = LOADERS[loader](comfy_host, tmp_path)
     patched, _, _ = profiling.profile_models(model)
 
     def cancel(*args):
@@ -147,6 +151,20 @@ def test_a_run_that_fails_leaves_no_hooks(comfy_host, profiling):
     with pytest.raises(KeyboardInterrupt):
         comfy_host.sample(patched, steps=2, width=128, height=128, callback=cancel)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("loader", ["stock", "int8"])
+def test_the_stock_compile_node_does_not_compile_the_recorder(comfy_host, profiling, tmp_path, recwarn, loader):
+    import torch._dynamo
+
+    model = LOADERS[loader](comfy_host, tmp_path)
+    compile_node = comfy_host.module("comfy_extras.nodes_torch_compile").TorchCompileModel
+    torch._dynamo.reset()
+    patched, _, profile = profiling.profile_models(compile_node.execute(model, "eager").result[0])
+    sample(comfy_host, patched)
+    torch._dynamo.reset()
+    assert not any("lru_cache" in str(warning.message) for warning in recwarn)  # of `_draw`, where it is traced
+    assert {layer.calls for layer in profile.branches[0].recorder.layers.values()} == {2}
 
 
 def test_each_branch_has_a_record_of_its_own(comfy_host, profiling, tmp_path, monkeypatch):

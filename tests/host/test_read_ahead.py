@@ -14,7 +14,6 @@ def module(comfy_host, monkeypatch):
     from lowbit.host import read_ahead
 
     monkeypatch.setattr(read_ahead, "PIECE_BYTES", 1024)
-    monkeypatch.setattr(read_ahead, "_is_cached", lambda descriptor, offset: False)
     return read_ahead
 
 
@@ -58,20 +57,6 @@ def test_what_has_no_room_in_memory_is_left_on_the_disk(module, files, reads, mo
     monkeypatch.setattr(module, "SHARE_OF_FREE_RAM", 0)
     module.read_ahead(*files).join()
     assert reads == []
-
-
-def test_what_is_cached_is_not_read_again(module, files, reads, monkeypatch):
-    monkeypatch.setattr(module, "_is_cached", lambda descriptor, offset: offset in (0, 2048))
-    module.read_ahead(files[0]).join()
-    assert reads == [("a.gguf", 1024, 1024), ("a.gguf", 3072, 5), ("a.gguf", 3077, 0)]
-
-
-def test_a_file_that_was_just_written_is_cached(comfy_host, files):
-    from lowbit.host import read_ahead
-
-    with open(files[0], "rb") as file:
-        assert read_ahead._is_cached(file.fileno(), 0) == hasattr(os, "RWF_NOWAIT")
-        assert not read_ahead._is_cached(file.fileno(), PIECES * 1024 + 5), "at its end"
 
 
 def test_a_file_that_cannot_be_read_is_left_to_the_loader(module, files, reads, tmp_path, caplog):
