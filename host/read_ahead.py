@@ -15,7 +15,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 16 * 2**20  # smaller ones wait more often for other threads' Python
 SHARE_OF_FREE_RAM = 0.5  # what does not fit into the cache would push out what was read before it is used
 
 
