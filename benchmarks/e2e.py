@@ -52,7 +52,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--variants", type=names, default=e2e_variants.DEFAULT, metavar="NAME,...", help=e2e_variants.NAMES)
     add("--size", type=sizes, metavar="PIXELS,...", help=f"of the square image ({SIZE})")
-    add("--steps", type=at_least(2), default=12, metavar="N", help="of which the first is counted by itself (12)")
+    add(
+        "--steps",
+        type=at_least(2),
+        default=12,
+        metavar="N",
+        help="of each sampling; the first one is counted by itself (12)",
+    )
     add(
         "--free-vram-gb",
         type=amounts,

@@ -25,6 +25,7 @@ PRINTED = (
     ("load s", "load_s", 1),
     ("first s", "first_step_s", 2),
     ("s/step", "step_s", 3),
+    ("1st run", "first_sampling_step_s", 3),
     ("call s", "call_s", 3),
     ("VRAM", "peak_vram_gb", 1),
     ("torch", "torch_allocated_gb", 1),

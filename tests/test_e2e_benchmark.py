@@ -67,7 +67,8 @@ def test_every_number_is_in_the_json_file_and_the_profile_beside_it(measured):
     (record,) = json.loads((folder / "e2e_tiny.json").read_text())
     assert record["failed"] == {} and record["left_out"] == [] and record["layers"] == 2
     for row in record["rows"]:
-        assert len(row["steps_s"]) == 2 and row["call_s"] > 0
+        assert [len(steps) for steps in row["steps_s"]] == [2, 2]  # of both samplings
+        assert row["first_sampling_step_s"] > 0 and row["call_s"] > 0
         calls = row["alternate"]
         assert len(calls["conditional_ms"]) == len(calls["unconditional_ms"]) == 2
     profile = json.loads((folder / "e2e_tiny_profile_lowbit_q4_k_exact_256.json").read_text())
