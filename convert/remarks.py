@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..formats import Fp8Weight, QuantizedWeight
 from ..loaders.branch import Branch
 from ..loaders.branches import branch_of_name
 from .recipe import branch_of_recipe
@@ -26,9 +25,7 @@ def _paths(branches: Sequence[Branch]) -> list[str]:
 
 
 def _quantized(path: str, branches: Sequence[Branch]) -> str | None:
-    """FP8 is what models are published in: often there is nothing better."""
-    weights = [weight for branch in branches for weight in branch.weights.values()]
-    formats = {w.format_name for w in weights if isinstance(w, QuantizedWeight) and not isinstance(w, Fp8Weight)}
+    formats = set().union(*(branch.quantized_formats() for branch in branches))
     if not formats:
         return None
     return (

@@ -13,6 +13,7 @@ import threading
 import torch
 
 from ..convert.record import LayerActivations
+from ..kernels.kept_memory import KeptMemory
 from ..kernels.record_channels import DTYPES, record_channels
 
 # Rows kept of each layer's input: enough for an output error within a few tenths of a dB.
@@ -50,6 +51,7 @@ class LayerStatistics:
 
     def __init__(self, N: int, K: int, memory: torch.Tensor):
         self.N, self.K, self.rows, self.calls = N, K, 0, 0
+        self._memory = memory  # the next layer's is put beside it while this tensor lives: views do not count
         self._absmax, self._square_sum, sample = memory.split([K, K, (WORDS - 2) * K])
         self._sample = sample.view(torch.bfloat16).view(SAMPLE_ROWS, K)
 
@@ -100,8 +102,7 @@ class ActivationRecorder:
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerStatistics] = {}
-        self._features: dict[str, int] = {}  # K of every linear layer that was attached to
-        self._memory: dict[str, torch.Tensor] = {}
+        self._kept = KeptMemory()
         self._lock = threading.Lock()  # with a model on two GPUs, two threads record
         # By model: the hooks, and the compiled calls that were taken off.
         self._attached: dict[torch.nn.Module, tuple[list, list]] = {}
@@ -110,9 +111,7 @@ class ActivationRecorder:
         """Record what the model's linear layers read from now on. A second call changes nothing."""
         if model in self._attached:
             return
-        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-        self._features |= {name: module.in_features for name, module in linears.items()}
-        hooks = [self._hook(name, module) for name, module in linears.items()]
+        hooks = [self._hook(name, module) for name, module in model.named_modules() if is_linear(module)]
         # A compiled call runs no hooks that came after it was compiled.
         compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
         for module, _ in compiled:
@@ -159,15 +158,6 @@ class ActivationRecorder:
     def _observe(self, name: str, module: torch.nn.Module, x: torch.Tensor) -> None:
         with self._lock:
             if name not in self.layers:
-                memory = self._memory_of(name, x.device)
+                memory = self._kept.keep(torch.zeros(WORDS * module.in_features, device=x.device))
                 self.layers[name] = LayerStatistics(module.out_features, module.in_features, memory)
             self.layers[name].update(x)
-
-    def _memory_of(self, name: str, device: torch.device) -> torch.Tensor:
-        """A layer's share of memory that is allocated for all layers at once: small tensors that stay, made between
-        the large ones of a call, would each hold on to a piece of the allocator's memory."""
-        if name not in self._memory:
-            sizes = {other: WORDS * K for other, K in self._features.items() if other not in self._memory}
-            memory = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=device)
-            self._memory |= dict(zip(sizes, memory.split(list(sizes.values())), strict=True))
-        return self._memory[name]

@@ -22,6 +22,7 @@ import torch
 
 from .base import QuantizedWeight, described, require_floating
 from .chunks import row_chunks
+from .division import divided
 
 MAX_CODE = 127
 # As in the host: a row of zeros keeps a positive scale, so that nothing divides by zero; its codes are 0 all the same.
@@ -154,8 +155,7 @@ def rotate(x: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def symmetric_scale(absmax: torch.Tensor) -> torch.Tensor:
     """max(absmax / 127, 1e-30): the scale of symmetric INT8, of weights and activations alike, in absmax's dtype."""
-    # By a tensor: CUDA turns a division by a number into a product with its reciprocal, an ulp off the CPU's scale.
-    return (absmax / torch.full_like(absmax, MAX_CODE)).clamp(min=SMALLEST_SCALE)
+    return divided(absmax, MAX_CODE).clamp(min=SMALLEST_SCALE)
 
 
 def _codes(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 
-from .kept_memory import KeptMemory
+from ..kernels.kept_memory import KeptMemory
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..formats import Fp8Weight, QuantizedWeight
+from ..formats import QuantizedWeight
 from ..loaders.branch import Branch, load_branch, open_branches
 from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
@@ -109,7 +109,7 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     compat.check_host()
     compat.allow_saving_offloaded_integers()
     settings = LoadSettings(os.path.basename(request.path), request.compute_mode, request.tune)
-    is_quantized, bar = _is_quantized(branch), None
+    is_quantized, bar = bool(branch.quantized_formats()), None
     if request.quantize and not is_quantized:
         _check_protected(request, branch)
         settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
@@ -191,11 +191,6 @@ def _check_protected(request: LoadRequest, branch: Branch) -> None:
                 f"protected_layers: {part!r} is a part of no layer's name in {os.path.basename(branch.path)}. Names "
                 f"look like {names[len(names) // 2]}; whole parts between dots are compared."
             )
-
-
-def _is_quantized(branch: Branch) -> bool:
-    """Whether the file decided which layers are quantized. FP8 is a source to quantize from."""
-    return any(isinstance(w, QuantizedWeight) and not isinstance(w, Fp8Weight) for w in branch.weights.values())
 
 
 def is_diffusers(state_dict: dict[str, torch.Tensor]) -> bool:

@@ -22,10 +22,10 @@ from torch.utils.hooks import RemovableHandle
 from ..formats import Fp8Weight, GgmlWeight, Int8Weight, QuantizedWeight, int8
 from ..kernels import quantized_linear
 from ..kernels.int8_linear import int8_linear
+from ..kernels.kept_memory import KeptMemory
 from ..kernels.unpack_to_int8 import find_row_scale
 from . import layouts
 from .embedding import LowbitEmbedding
-from .kept_memory import KeptMemory
 from .lora import SidePath
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 
+from ..formats import Fp8Weight, QuantizedWeight
 from . import ideogram4, open_checkpoint
 from .base_checkpoint import merge_base, needs_base
 from .branches import CONDITIONAL, ONLY, UNCONDITIONAL, branch_of_name, split_branches
@@ -30,6 +31,12 @@ class Branch:
     name: str
     weights: Weights
     metadata: dict[str, object]
+
+    def quantized_formats(self) -> set[str]:
+        """What the file itself quantized, by `format_name`. FP8 is a source to quantize from, as models are published
+        in it."""
+        quantized = (weight for weight in self.weights.values() if isinstance(weight, QuantizedWeight))
+        return {weight.format_name for weight in quantized if not isinstance(weight, Fp8Weight)}
 
 
 class BranchedCheckpoint:

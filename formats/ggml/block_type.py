@@ -75,12 +75,6 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     return codes[..., 0, :] | (codes[..., 1, :] << 4)
 
 
-def divided(values: torch.Tensor, number: float) -> torch.Tensor:
-    """values / number, by a tensor: CUDA turns a division by a number into a product with its reciprocal, an ulp off
-    what C divides."""
-    return values / torch.full_like(values, number)
-
-
 def inverse_or_zero(scale: torch.Tensor) -> torch.Tensor:
     """1 / scale; 0 where the scale is zero or too small for a finite inverse, so that such a block stores zeros."""
     inverse = 1.0 / scale

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from .block_type import GgmlType, divided, float16_at, float16_bytes, inverse_or_zero, pack_nibbles, spread_bits
+from ..division import divided
+from .block_type import GgmlType, float16_at, float16_bytes, inverse_or_zero, pack_nibbles, spread_bits
 
 
 def _low_codes(nibbles: torch.Tensor) -> torch.Tensor:

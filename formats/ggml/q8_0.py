@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from .block_type import GgmlType, divided, float16_at, float16_bytes, inverse_or_zero
+from ..division import divided
+from .block_type import GgmlType, float16_at, float16_bytes, inverse_or_zero
 
 
 def dequantize_q8_0(blocks: torch.Tensor) -> torch.Tensor:

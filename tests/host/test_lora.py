@@ -4,6 +4,8 @@ The effect of a LoRA (output with it minus output without) is compared with its 
 same weights, where the host merges it. Nothing that is applied may change a stored byte.
 """
 
+import weakref
+
 import pytest
 import torch
 from host_harness import quantized_models as quantized
@@ -63,8 +65,8 @@ def test_what_goes_beside_the_weight(comfy_host, pair, kind, beside):
     "kinds", [["loha"], ["lokr"], ["lokr_of_factors"], ["lokr", "lora", "loha", "lokr_of_factors"]]
 )
 def test_a_side_path_is_what_the_host_would_merge(comfy_host, kinds, offset):
-    from lowbit.host.kept_memory import KeptMemory
     from lowbit.host.lora import side_path
+    from lowbit.kernels.kept_memory import KeptMemory
 
     N, K = 256, 192
     rows, columns = (N, K) if offset is None else (offset[2], K) if offset[0] == 0 else (N, offset[2])
@@ -239,3 +241,23 @@ def test_a_resizing_patch_makes_the_weight_float(comfy_host, flux):
     torch.testing.assert_close(module.weight.data.cpu(), expected, rtol=0, atol=rounding)
     comfy_host.comfy.model_management.load_models_gpu([model])
     quantized.assert_same_bytes(quantized.stored_bytes(model), stored)
+
+
+def test_a_lora_that_is_let_go_leaves_nothing_where_row_scales_lie(comfy_host, tmp_path):
+    """Of all tensors that a model keeps beside its weights, each in memory of its own once cost 2 GiB."""
+    model = quantized.load(quantized.write(tmp_path, "q4_k"), "int8", dtype="bf16")
+    patched = quantized.add_lora(comfy_host, model, quantized.lora("lora"))
+    quantized.output(comfy_host, patched)
+    linears = quantized.quantized_linears(patched).values()
+    scales = [module._row_scale for module in linears if module._row_scale is not None]
+    sides = [side for module in linears for side in module.model_patches]
+    matrices = [matrix for side in sides for matrix in side._matrices]
+    assert len(scales) > 5 and len(matrices) > 5
+    of_scales, of_matrices = ({each.untyped_storage().data_ptr() for each in some} for some in (scales, matrices))
+    assert len(of_scales) == len(of_matrices) == 1 and of_scales != of_matrices
+    block = weakref.ref(matrices[0].lowbit_block)
+    del matrices
+    assert block() is not None
+    for side in sides:
+        side.release()
+    assert block() is None

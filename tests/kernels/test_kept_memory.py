@@ -1,18 +1,16 @@
 """What outlives a call lies in few blocks, which go with the last tensor in them."""
 
 import gc
-import weakref
 
 import pytest
 import torch
+from lowbit.kernels.kept_memory import BLOCK_BYTES, KeptMemory
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
-def kept(comfy_host):
-    from lowbit.host.kept_memory import KeptMemory
-
+def kept():
     return KeptMemory()
 
 
@@ -22,8 +20,6 @@ def storage(tensor: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_tensors_share_blocks_and_keep_their_values(kept, device):
-    from lowbit.host.kept_memory import BLOCK_BYTES
-
     shapes = [(3, 1), (0,), (513,), (64, 32, 2), (BLOCK_BYTES // 8,), (BLOCK_BYTES // 8,), (BLOCK_BYTES // 4 + 1,)]
     values = [torch.randn(shape, device=device) for shape in shapes]
     values.append(torch.arange(7, dtype=torch.int8, device=device))
@@ -57,25 +53,3 @@ def test_a_block_lives_as_long_as_a_tensor_in_it(kept):
     gc.collect()
     assert block() is None
     assert torch.equal(kept.keep(torch.full((5,), 2.0)), torch.full((5,), 2.0))
-
-
-def test_a_lora_that_is_let_go_leaves_nothing_where_row_scales_lie(comfy_host, tmp_path):
-    """Of all tensors that a model keeps beside its weights, each in memory of its own once cost 2 GiB."""
-    from host_harness import quantized_models as quantized
-
-    model = quantized.load(quantized.write(tmp_path, "q4_k"), "int8", dtype="bf16")
-    patched = quantized.add_lora(comfy_host, model, quantized.lora("lora"))
-    quantized.output(comfy_host, patched)
-    linears = quantized.quantized_linears(patched).values()
-    scales = [module._row_scale for module in linears if module._row_scale is not None]
-    sides = [side for module in linears for side in module.model_patches]
-    matrices = [matrix for side in sides for matrix in side._matrices]
-    assert len(scales) > 5 and len(matrices) > 5
-    (of_scales,), (of_matrices,) = {storage(tensor) for tensor in scales}, {storage(tensor) for tensor in matrices}
-    assert of_scales != of_matrices
-    block = weakref.ref(matrices[0].lowbit_block)
-    del matrices
-    assert block() is not None
-    for side in sides:
-        side.release()
-    assert block() is None
