@@ -27,6 +27,7 @@ from ..kernels.unpack_to_int8 import find_row_scale
 from . import layouts
 from .embedding import LowbitEmbedding
 from .lora import SidePath
+from .norm import LowbitNorm
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,12 @@ def make_operations(settings: LoadSettings) -> type:
             lowbit_settings = settings
 
         class Embedding(LowbitEmbedding, host_operations.Embedding):
+            pass
+
+        class RMSNorm(LowbitNorm, host_operations.RMSNorm):
+            pass
+
+        class LayerNorm(LowbitNorm, host_operations.LayerNorm):
             pass
 
     return LowbitOperations
