@@ -70,9 +70,13 @@ class HostFile(MappedFile):
     GPU."""
 
     def __init__(self, path):
-        super().__init__(path)
         self._lock = threading.Lock()
-        self._file = open(self.path, "rb", buffering=0) if comfy.memory_management.aimdo_enabled else None  # noqa: SIM115
+        self._file = None
+        super().__init__(path)
+
+    def _opened(self, file_number):
+        if comfy.memory_management.aimdo_enabled:
+            self._file = os.fdopen(os.dup(file_number), "rb", buffering=0)
 
     def tensor(self, offset, size_bytes, dtype, shape):
         tensor = super().tensor(offset, size_bytes, dtype, shape)

@@ -160,11 +160,35 @@ def register() -> None:
             QUANT_ALGOS[name] = {**gguf_algo, "comfy_tensor_layout": LowbitGgufLayout.__name__}
 
 
-def to_host(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedTensor:
+class LoadingTensor(QuantizedTensor):
+    """A quantized weight in a state dict. Modules of ours take it as it is; what copies it into a float parameter, as
+    torch does where a module is not of the load's operations class, gets its values."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and not isinstance(args[0], QuantizedTensor):
+            return args[0].copy_(args[1].dequantize(), *args[2:], **(kwargs or {}))
+        if func is torch.ops.aten.detach.default:  # what becomes a parameter has to keep its class
+            return cls(args[0]._qdata, args[0]._layout_cls, args[0]._params)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def to_host(
+    weight: QuantizedWeight, dtype: torch.dtype, tensor_class: type[QuantizedTensor] = QuantizedTensor
+) -> QuantizedTensor:
     """A quantized weight as the host's tensor of logical dtype `dtype`, on the same bytes."""
     register()
     layout = LAYOUTS[type(weight)]
-    return QuantizedTensor(weight.data, layout.__name__, layout.params(weight, dtype))
+    return tensor_class(weight.data, layout.__name__, layout.params(weight, dtype))
+
+
+def unpack_in_other_modules(model: torch.nn.Module, ours: tuple[type, ...]) -> None:
+    """Unpack parameters that a load has put as they were into modules not of the classes `ours`: such a module would
+    not know what to do with them, and the host would save them as if they were floats."""
+    for module in model.modules():
+        for name, parameter in () if isinstance(module, ours) else list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, QuantizedTensor):
+                setattr(module, name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
 
 
 def from_host(tensor: torch.Tensor) -> QuantizedWeight | None:

@@ -24,8 +24,9 @@ from ..loaders.file_state import FileState, file_states
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from ..loaders.policy import is_part, quantizes
 from . import compat, conditioning, fused_block, layouts, parallel_branches
+from .embedding import LowbitEmbedding
 from .files import HostFile, check_still_the_same, errors_for_the_page
-from .ops import LoadSettings, make_operations
+from .ops import LoadSettings, LowbitLinear, make_operations
 from .patcher import adopt
 from .read_ahead import read_ahead
 
@@ -130,6 +131,7 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
         raise _misfit(branch, error) from error
     if patcher is None:
         raise _unknown_model(branch)
+    layouts.unpack_in_other_modules(patcher.model, (LowbitLinear, LowbitEmbedding))
     _check_complete(branch, settings)
     if bar is not None:
         bar.finish()
@@ -170,14 +172,15 @@ class _QuantizingBar:
 def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The branch as the host's detection and modules read it: quantized linear weights with their logical shapes.
 
-    Only a two-dimensional `weight` can belong to a product; everything else that is quantized is unpacked here.
+    Only a two-dimensional `weight` can belong to a product; everything else that is quantized is unpacked here. Where
+    such a `weight` belongs to none, it is unpacked as it is loaded, or by `layouts.unpack_in_other_modules`.
     """
     state_dict = {}
     for key, weight in branch.weights.items():
         if not isinstance(weight, QuantizedWeight):
             state_dict[key] = weight
         elif len(weight.shape) == 2 and key.endswith("weight"):
-            state_dict[key] = layouts.to_host(weight, dtype)
+            state_dict[key] = layouts.to_host(weight, dtype, layouts.LoadingTensor)
         else:
             state_dict[key] = weight.dequantize(dtype)
     return state_dict

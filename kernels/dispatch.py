@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _library = torch.library.Library("lowbit", "FRAGMENT")
 
 _known_names: set[str] = set()
+_logged: set[tuple[str, str]] = set()  # ops and implementations
 _named: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowbit_implementation", default=None)
 
 
@@ -102,10 +103,11 @@ class Op:
         for name in self.implementations:
             reason = _supports(self.package, name, call)
             if reason is None:
-                _log_choice(self.name, name, tuple(refused.items()))
+                if (self.name, name) not in _logged:
+                    _log_choice(self.name, name, refused)
                 return _load(self.package, name)
             refused[name] = reason
-        raise RuntimeError(f"{self.name}: no implementation can run this call: {_reasons(tuple(refused.items()))}")
+        raise RuntimeError(f"{self.name}: no implementation can run this call: {_reasons(refused)}")
 
     def run(self, call: Any) -> Any:
         """Run the call by the implementation that `pick` chooses."""
@@ -125,10 +127,11 @@ def _supports(package: str, name: str, call: Any) -> str | None:
     return module if isinstance(module, str) else module.supports(call)
 
 
-def _reasons(refused: tuple[tuple[str, str], ...]) -> str:
-    return "; ".join(f"{name} {reason}" for name, reason in refused)
+def _reasons(refused: dict[str, str]) -> str:
+    return "; ".join(f"{name} {reason}" for name, reason in refused.items())
 
 
-@functools.cache
-def _log_choice(op: str, name: str, refused: tuple[tuple[str, str], ...]) -> None:
+def _log_choice(op: str, name: str, refused: dict[str, str]) -> None:
+    """Once an op and implementation: reasons name what a call has, so that each size of picture has others."""
+    _logged.add((op, name))
     logger.info("Lowbit: %s is computed by %s%s", op, name, f" ({_reasons(refused)})" if refused else "")

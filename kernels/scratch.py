@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 
 import torch
 
 # Above, memory is allocated for the call: a buffer that is kept has to be small.
 LARGEST_BYTES = 128 * 2**20
 
-_buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
+# A thread has buffers of its own: its launches may come between those of another one. They go when it does.
+_buffers: weakref.WeakKeyDictionary[threading.Thread, dict[torch.device, torch.Tensor]] = weakref.WeakKeyDictionary()
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -30,13 +32,12 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         return torch.empty(shape, dtype=dtype, device=device)
     if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return torch.empty(shape, dtype=dtype, device=device)
-    # A thread has a buffer of its own: its launches may come between those of another one.
-    key = device, threading.get_ident()
-    buffer = _buffers.get(key)
+    buffers = _buffers.setdefault(threading.current_thread(), {})
+    buffer = buffers.get(device)
     if buffer is None or buffer.numel() < size_bytes:
-        _buffers.pop(key, None)
+        buffers.pop(device, None)
         del buffer  # given back before the larger one is asked for
-        buffer = _buffers[key] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+        buffer = buffers[device] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     return buffer[:size_bytes].view(dtype).view(shape)
 
 

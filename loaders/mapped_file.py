@@ -34,6 +34,7 @@ class MappedFile:
         try:
             with open(self.path, "rb") as file:
                 self._mapping = _map_private(file.fileno(), self.size_bytes)
+                self._opened(file.fileno())
         except PermissionError as error:
             raise self._denied() from error
         except (OSError, ValueError, OverflowError) as error:
@@ -71,6 +72,9 @@ class MappedFile:
         self._view.release()
         with contextlib.suppress(BufferError):
             self._mapping.close()
+
+    def _opened(self, file_number: int) -> None:
+        """For subclasses that also read the file: the number is of the very file that is mapped, and soon closed."""
 
     def _slice(self, offset: int, size_bytes: int) -> memoryview:
         if offset < 0 or size_bytes < 0 or offset + size_bytes > self.size_bytes:

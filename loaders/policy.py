@@ -11,7 +11,9 @@ SMALLEST_DIMENSION = 256
 # `layers.7.attention.qkv`: a layer of the repeated blocks.
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 # Computed for one token, or no product.
-_ONE_TOKEN = re.compile(r"adaln|modulation|(^|[._])mod([._]|$)|norm|embed", re.IGNORECASE)
+_ONE_TOKEN = re.compile(
+    r"adaln|modulation|(^|[._])mod([._]|$)|norm|embed|distilled_guidance|param_generator|emb_layers", re.IGNORECASE
+)
 
 
 def quantizes(name: str, N: int, K: int, protected: Sequence[str] = ()) -> bool:

@@ -135,7 +135,7 @@ def _architecture(file: CheckpointFile) -> str:
             todo="Pick a .gguf file, or load this one with ComfyUI's Load CLIP node.",
         )
     architecture = file.metadata.get("general.architecture")
-    if architecture in FAMILIES:
+    if isinstance(architecture, str) and architecture in FAMILIES:
         return architecture
     if architecture == "clip" or file.metadata.get("general.type") == "mmproj":
         raise CheckpointError(

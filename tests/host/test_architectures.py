@@ -25,6 +25,43 @@ WRITERS = {
 }
 
 
+# The smallest that the host still detects.
+HUNYUAN_VIDEO_15 = {
+    "image_model": "hunyuan_video",
+    "in_channels": 65,
+    "patch_size": [1, 1, 1],
+    "out_channels": 32,
+    "vec_in_dim": None,
+    "axes_dim": [16, 56, 56],
+    "context_in_dim": 256,
+    "hidden_size": 256,
+    "mlp_ratio": 4.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "theta": 256,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "byt5": True,
+    "meanflow": False,
+    "meanflow_sum": True,
+    "use_cond_type_embedding": True,
+    "vision_in_dim": 1152,
+}
+
+
+def random_floats(host, model_class: str, **config) -> small.StateDict:
+    """Weights of one of the host's models by module and class name."""
+    module, _, name = model_class.rpartition(".")
+    operations = host.module("comfy.ops").manual_cast
+    model = getattr(host.module(module), name)(**config, device="cpu", dtype=torch.float32, operations=operations)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        key: torch.randn(value.shape, generator=generator) * max(1, value.shape[-1]) ** -0.5
+        for key, value in model.state_dict().items()
+    }
+
+
 def gguf_floats(path) -> dict[str, torch.Tensor]:
     floats = {}
     for tensor in gguf.GGUFReader(path).tensors:
@@ -72,3 +109,31 @@ def test_same_file_of_a_model_with_one_weight_set_is_ordinary_cfg(comfy_host, tm
     path = small.write_gguf(tmp_path / "flux-Q8_0.gguf", small.flux())
     model, negative = load_pair(LoadRequest(str(path)), SAME_FILE)
     assert model is negative
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["copied", "assigned"])
+@pytest.mark.parametrize("kind", ["Q8_0", "fp8"])
+def test_a_weight_of_no_layer_of_the_hosts_is_unpacked(comfy_host, tmp_path, monkeypatch, kind, in_place):
+    """HunyuanVideo 1.5 has a torch.nn.Embedding. The host copies weights into parameters without dynamic VRAM, and puts
+    them in their place with it."""
+    floats = random_floats(comfy_host, "comfy.ldm.hunyuan_video.model.HunyuanVideo", **HUNYUAN_VIDEO_15)
+    key = "cond_type_embedding.weight"
+    if kind == "fp8":
+        stored = {name: value.to(torch.float8_e4m3fn) if value.ndim > 1 else value for name, value in floats.items()}
+        path, expected = small.save(tmp_path / "fp8.safetensors", stored), stored[key].float()
+    else:
+        path = small.write_gguf(tmp_path / "q8_0.gguf", floats, every_weight=True)
+        expected = gguf_floats(path)[key]
+        assert not torch.equal(expected, floats[key]), "the file holds it quantized"
+    if not in_place:
+        load = torch.nn.Module.load_state_dict
+        monkeypatch.setattr(
+            torch.nn.Module, "load_state_dict", lambda self, values, strict=True, **_: load(self, values, strict, True)
+        )
+    from lowbit.host.model import NONE, LoadRequest, load_pair
+
+    request = LoadRequest(str(path), compute_mode="exact", dtype="fp32", quantize=kind == "fp8")
+    model, _ = load_pair(request, NONE)
+    weight = model.model.diffusion_model.cond_type_embedding.weight
+    assert type(weight) is torch.nn.Parameter and torch.equal(weight.float(), expected)
+    assert model.model.diffusion_model.double_blocks[0].img_mlp[0].quant_format

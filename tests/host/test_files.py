@@ -1,6 +1,9 @@
 """The lists that the nodes offer: GGUF beside the host's own files, in folders that are added later too."""
 
+import os
+
 import pytest
+import torch
 from host_harness import small_models as small
 
 
@@ -25,7 +28,7 @@ def test_lists_follow_folders_that_are_added_later(comfy_host, files, folder):
     (folder / "sub").mkdir()
     for name in ("added.gguf", "added.safetensors", "added.ckpt", "notes.txt"):
         (folder / "sub" / name).write_bytes(b"x")
-    name = comfy_host.module("os").path.join("sub", "added")
+    name = os.path.join("sub", "added")
     assert f"{name}.gguf" in files.list_gguf() and f"{name}.safetensors" in files.list_safetensors()
     assert not any(entry.endswith((".ckpt", ".txt")) for entry in files.list_gguf() + files.list_safetensors())
     assert files.full_path(f"{name}.gguf") == str(folder / f"{name}.gguf")
@@ -100,3 +103,29 @@ def test_a_refused_file_is_let_go(comfy_host, files, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "bad.gguf", Watched)
     assert opened[0]._file.closed
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets no open file be replaced")
+def test_what_is_read_and_what_is_mapped_is_one_file(comfy_host, tmp_path, monkeypatch):
+    """Also when another one takes its place while it is opened."""
+    from lowbit.host.files import HostFile
+    from lowbit.loaders import mapped_file
+
+    path, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    path.write_bytes(b"one!")
+    other.write_bytes(b"two!")
+    map_private = mapped_file._map_private
+
+    def replaced(*args):
+        mapping = map_private(*args)
+        os.replace(other, path)
+        return mapping
+
+    monkeypatch.setattr(comfy_host.module("comfy.memory_management"), "aimdo_enabled", True)
+    monkeypatch.setattr(mapped_file, "_map_private", replaced)
+    file = HostFile(path)
+    place = file.tensor(0, 4, torch.uint8, (4,)).untyped_storage()._comfy_tensor_file_slice
+    place.file_ref.seek(place.offset)
+    assert place.file_ref.read(place.size) == file.read(0, 4) == b"one!"
+    file.close()
+    assert place.file_ref.closed

@@ -67,7 +67,7 @@ def write_llama_cpp(
     """Writes a text encoder under the host's names as a GGUF file; returns the path.
 
     linear, table: the types of the linear layers and of the vocabulary; vectors and the position biases of T5 are F32.
-    heads: of q and of k, by which architecture `llama` permutes. metadata: numbers and strings to add, under full keys.
+    heads: of q and of k, by which architecture `llama` permutes. metadata: numbers, strings and lists to add, under full keys.
     A value may be a numpy array of uint8: bytes packed already.
     """
     import gguf
@@ -84,7 +84,8 @@ def write_llama_cpp(
         blocks = {match[1] for key in state_dict if (match := re.search(r"(?:layers|block)\.(\d+)\.", key))}
         writer.add_block_count(max(map(int, blocks), default=0) + 1)
     for key, value in (metadata or {}).items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+        add = {str: writer.add_string, list: writer.add_array}.get(type(value), writer.add_uint32)
+        add(key, value)
     for key, tensor in state_dict.items():
         name = llama_cpp_name(key)
         if isinstance(tensor, np.ndarray):

@@ -4,7 +4,7 @@ import sys
 import types
 
 import pytest
-from lowbit.kernels import int8_linear  # noqa: F401  (an op with other implementations' names)
+from lowbit.kernels import dispatch, int8_linear  # noqa: F401  (an op with other implementations' names)
 from lowbit.kernels.dispatch import Op, use_implementation
 
 
@@ -77,9 +77,12 @@ def test_a_bug_in_an_implementation_is_not_taken_for_a_refusal(op, monkeypatch):
         op.run(2)
 
 
-def test_the_choice_is_logged_once_with_the_refusals(op, caplog):
+def test_the_choice_is_logged_once_with_the_refusals(op, caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level("INFO"):
         op.run(5)
         op.run(5)
-    lines = [line for line in caplog.messages if "needs an even call, found 5" in line]
+        op.run(7)  # refused for another number, as each size of picture is
+    lines = [line for line in caplog.messages if "fake_op is computed by" in line]
     assert len(lines) == 1 and lines[0].startswith("Lowbit: fake_op is computed by slow (missing failed to import")
+    assert "needs an even call, found 5" in lines[0]

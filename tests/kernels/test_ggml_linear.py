@@ -1,4 +1,6 @@
 import concurrent.futures
+import gc
+import threading
 
 import pytest
 import torch
@@ -145,6 +147,9 @@ def test_threads_do_not_share_scratch_memory(device):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         other = pool.submit(scratch, (64,), torch.int8, device).result()
     assert other.data_ptr() != scratch((64,), torch.int8, device).data_ptr()
+    del pool
+    gc.collect()
+    assert set(scratch_module._buffers) == {threading.current_thread()}, "a thread's memory goes when it does"
 
 
 @pytest.mark.gpu

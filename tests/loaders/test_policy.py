@@ -13,6 +13,19 @@ def test_the_products_inside_blocks_are_quantized_and_nothing_else(state_dict):
     assert chosen == set(small.block_linears(state_dict))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "distilled_guidance_layer.layers.0.in_layer",  # Chroma
+        "nerf_blocks.0.param_generator",  # Chroma Radiance
+        "input_blocks.1.0.emb_layers.1",  # SDXL
+        "double_blocks.0.img_mod.lin",  # Flux
+    ],
+)
+def test_what_gives_modulation_stays(name):
+    assert not quantizes(name, 5120, 5120)
+
+
 def test_protected_and_small_layers_stay():
     assert quantizes("layers.3.feed_forward.w2", 4608, 12288)
     assert not quantizes("layers.3.feed_forward.w2", 4608, 12288, protected=("feed_forward.w2",))

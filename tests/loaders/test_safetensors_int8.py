@@ -308,20 +308,6 @@ def test_all_in_one_checkpoints_are_recognized_by_the_diffusion_model(tmp_path, 
     assert file.load().weights.keys() == floats["conditional"].keys()
 
 
-def test_padding_tokens_get_their_first_dimension_back(tmp_path):
-    model = small.lumina2()
-    flat = {key: tensor[0] if key.endswith("pad_token") else tensor for key, tensor in model.items()}
-    for path in (
-        small.write_gguf(tmp_path / "z.gguf", flat),
-        small.write_gguf(tmp_path / "packed.gguf", flat, choose=lambda key, tensor: "Q8_0"),
-        small.save(tmp_path / "z.safetensors", flat),
-    ):
-        weights = load_branch(path).weights
-        assert {key: tuple(weight.shape) for key, weight in weights.items()} == {
-            key: tuple(tensor.shape) for key, tensor in model.items()
-        }
-
-
 # The base checkpoint
 
 

@@ -129,6 +129,7 @@ def without(floats: small.StateDict, part: str) -> small.StateDict:
         (MODELS["qwen3"], "clip", {}, "vision part of a model (mmproj)", "main file of the same model"),
         (MODELS["qwen3"], "flux", {}, "the architecture 'flux'", "Load Diffusion Model (GGUF)"),
         (MODELS["qwen3"], None, {}, "a file without an architecture", "Load Diffusion Model (GGUF)"),
+        (MODELS["qwen3"], None, {"general.architecture": ["qwen3"]}, "the architecture ['qwen3']", "Load Diffusion"),
         (MODELS["llama"], "gemma3", {}, "architecture 'gemma3'", "safetensors version"),
         (MODELS["qwen3"], "qwen3", {"split.count": 2}, "one part of a model split into 2 files", "llama-gguf-split"),
         (without(MODELS["qwen3"], "1.mlp.up"), "qwen3", {}, "1 tensor of the text encoder are missing", "incomplete"),
