@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import pathlib
 import runpy
 import sys
@@ -22,6 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a path may have letters it lacks
     options = _parser().parse_args(arguments)
     if importlib.util.find_spec("torch") is None:
         sys.stderr.write(f"{sys.executable} has no torch. Run this by the Python that runs ComfyUI.\n")

@@ -16,11 +16,11 @@ from ..loaders.ideogram4 import is_ideogram4
 from .file_layout import OutputTensor
 from .gguf_header import INTEGERS, tensor_size_bytes
 from .pieces import in_pieces
-from .policy import GgufPolicy
+from .policy import PLAIN, GgufPolicy, module_of
 from .record import LayerActivations
 from .request import Part
 from .source import matrix_shape, part_of
-from .tensor_plan import Pieces, TensorPlan, finite_floats_of, kept_dtype
+from .tensor_plan import Pieces, TensorPlan, finite_floats_of, is_float, kept_dtype
 
 BRANCH_PREFIXES = {"conditional": "cond.", "unconditional": "uncond."}
 # What a layer becomes whose rows are no whole blocks of the type it should have, before the rest's type.
@@ -55,16 +55,34 @@ def plan_gguf(part: Part, policy: GgufPolicy, device: torch.device | str = "cpu"
     """What each weight of a branch becomes. Raises ValueError for a type that GGUF cannot hold.
 
     A layer of `part.quantized` takes the policy's type, one of `part.protected` that of the rest, whatever rule names
-    it; any other weight takes the type of a rule that names it.
+    it; any other tensor of floats takes the type of a rule that names it.
     """
     plans = []
     for key, weight in part.branch.weights.items():
-        module = key.removesuffix(".weight")
-        is_matrix = len(weight.shape) >= 2 and key.endswith(".weight")
-        wanted = policy.wanted(module, module in part.quantized) if is_matrix and module not in part.protected else None
+        module = module_of(key)
+        is_kept = module in part.protected or not is_float(weight)
+        wanted = None if is_kept else policy.wanted(key, weight, module in part.quantized)
         stored = _stored_type(key, weight, wanted, policy)
-        plans.append(_plan(key, weight, stored, part.record.get(module), part.prefix, device))
+        quantized_as = None if wanted in PLAIN else wanted
+        plans.append(_plan(key, weight, stored, quantized_as, part.record.get(module), part.prefix, device))
     return plans
+
+
+def check_policy(parts: Sequence[Part], policy: GgufPolicy) -> None:
+    """Raises ValueError for a rule that has no effect on any branch; one of them may lack modules, those for text."""
+    weights = {key: weight for part in parts for key, weight in part.branch.weights.items()}
+    policy.check_patterns({key: weight for key, weight in weights.items() if is_float(weight)})
+
+
+def stand_in(plan: TensorPlan) -> str | None:
+    """What became of a weight instead of the type that was asked for, and why; None where it has that type."""
+    stored = plan.tensors[0].stored
+    if plan.quantized_as in (None, stored):
+        return None
+    if stored in PLAIN:
+        return f"left as {stored}: rows are no multiple of {ggml.TYPES[FALLBACK].block_size}"
+    block_size = ggml.TYPES[plan.quantized_as].block_size
+    return f"{stored} in place of {plan.quantized_as}: rows are no multiple of {block_size}"
 
 
 def check_records(parts: Sequence[Part], plans: Sequence[list[TensorPlan]]) -> None:
@@ -89,7 +107,7 @@ def architecture_of(branch: Branch) -> str | None:
 
 
 def _stored_type(key: str, weight, wanted: str | None, policy: GgufPolicy) -> str:
-    if isinstance(weight, torch.Tensor) and not weight.dtype.is_floating_point:
+    if not is_float(weight):
         if weight.dtype not in _STORED:
             raise ValueError(f"{key}: found {weight.dtype}, which GGUF does not hold. Convert to INT8 safetensors.")
         return _STORED[weight.dtype]
@@ -100,7 +118,9 @@ def _stored_type(key: str, weight, wanted: str | None, policy: GgufPolicy) -> st
     return policy.rest or _STORED[kept_dtype(weight)]
 
 
-def _plan(key, weight, stored: str, activations: LayerActivations | None, prefix: str, device) -> TensorPlan:
+def _plan(
+    key, weight, stored: str, quantized_as: str | None, activations: LayerActivations | None, prefix: str, device
+) -> TensorPlan:
     shape = tuple(weight.shape)
     element_bytes = weight.dtype.itemsize if stored in INTEGERS else 0
     output = OutputTensor(prefix + key, shape, stored, tensor_size_bytes(stored, shape, element_bytes))
@@ -113,7 +133,7 @@ def _plan(key, weight, stored: str, activations: LayerActivations | None, prefix
         for rows, part in in_pieces(stored_rows, shape, device):
             yield output.name, rows.start * (output.size_bytes // max(1, rows_count)), part
 
-    return TensorPlan(key, (output,), compute)
+    return TensorPlan(key, (output,), compute, quantized_as)
 
 
 def _stored_rows(weight, rows: slice, stored: str, activations: LayerActivations | None, device) -> torch.Tensor:

@@ -40,6 +40,9 @@ def gguf_layout(tensors: Iterable[OutputTensor], metadata: Mapping[str, Value]) 
         if len(shape) > MAX_DIMS:
             metadata[ORIGINAL_SHAPE + tensor.name] = list(shape)
             shape = (math.prod(shape[:-1]), shape[-1])
+        # gguf-py reads no file with a tensor of no dimensions. Its own shape has no place among the metadata either:
+        # an empty list has no type there, which other loaders refuse; torch loads [1] where a model has [].
+        shape = shape or (1,)
         type_id = INTEGERS[tensor.stored] if tensor.stored in INTEGERS else TYPES[tensor.stored].type_id
         infos += _string(tensor.name) + struct.pack("<I", len(shape))
         infos += struct.pack(f"<{len(shape)}QIQ", *reversed(shape), type_id, position)

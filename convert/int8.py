@@ -97,7 +97,7 @@ def _linear_plan(key, weight, options, factors, prefix, device) -> TensorPlan:
             yield f"{name}_scale", rows.start * 4, part.scale.expand(part.data.shape[0], 1)
         yield marker_name, 0, marker_bytes
 
-    return TensorPlan(key, outputs, compute)
+    return TensorPlan(key, outputs, compute, quantized_as="I8")
 
 
 def _quantized_rows(weight, rows, group, factors, device) -> Int8Weight:

@@ -16,7 +16,7 @@ from ..loaders.errors import counted
 from . import gguf, int8
 from .file_layout import FileLayout
 from .gguf_header import gguf_layout
-from .policy import PROTECT_COUNT
+from .policy import PLAIN, PROTECT_COUNT
 from .progress import Report, Stage, size_text
 from .recipe import gguf_metadata, recipe_text, safetensors_metadata
 from .request import Part, Request, open_request
@@ -34,8 +34,8 @@ OnChecked = Callable[[list[Part]], None]
 @dataclasses.dataclass(frozen=True)
 class Written:
     """A file that was written. quantized: linear layers that were; protected: those that someone asked to keep;
-    smoothed: of the quantized ones, None where nobody asked for smoothing. types: how many layers have which type,
-    where there are several."""
+    smoothed: of the quantized ones, None where nobody asked for smoothing. types: how many of the quantized layers have
+    which type, for GGUF. stand_ins: how many did not get the type that was asked for, by `gguf.stand_in`."""
 
     path: str
     size_bytes: int
@@ -43,13 +43,15 @@ class Written:
     protected: int
     smoothed: int | None = None
     types: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    stand_ins: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         kept = f", {counted(self.protected, 'layer')} protected" if self.protected else ""
         smoothed = "" if self.smoothed is None else f" ({self.smoothed:,} of them smoothed)"
         quantized = f"{counted(self.quantized, 'linear layer')} quantized{smoothed}"
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
-        return f"{self.path}: {size_text(self.size_bytes)}, {quantized}{f' ({types})' if types else ''}{kept}"
+        others = "".join(f"; {count} {text}" for text, count in self.stand_ins.items())
+        return f"{self.path}: {size_text(self.size_bytes)}, {quantized}{f' ({types})' if types else ''}{kept}{others}"
 
 
 def convert_to_int8(
@@ -87,8 +89,7 @@ def convert_to_gguf(
 ) -> list[Written]:
     """Write GGUF. Raises ValueError and RuntimeError with a sentence for the person who asked."""
     sources, parts = open_request(request, ".gguf", gguf.BRANCH_PREFIXES)
-    for part in parts:
-        options.policy.check_patterns([key.removesuffix(".weight") for key in part.branch.weights])
+    gguf.check_policy(parts, options.policy)
     plans = [gguf.plan_gguf(part, options.policy, request.device) for part in parts]
     gguf.check_records(parts, plans)
     check_room(request.target, [each for found in plans for each in found])
@@ -163,14 +164,15 @@ def _write(
         tensors = [each for part, found in zip(parts, plans, strict=True) if part.target == target for each in found]
         layout = lay_out(inside, tensors)
         files.append(FilePlan(target, inside[0].branch.path, tensors, layout))
-        quantized, protected = (sum(len(getattr(p, kind)) for p in inside) for kind in ("quantized", "protected"))
+        protected = sum(len(part.protected) for part in inside)
         smooth = None
         if smoothed is not None:
             smooth = sum(count for part, count in zip(parts, smoothed, strict=True) if part.target == target)
-        names = {f"{name}.weight" for part in inside for name in part.quantized}
-        types = collections.Counter(plan.tensors[0].stored for plan in tensors if plan.key in names)
+        stored = [plan.tensors[0].stored for plan in tensors if plan.quantized_as]
+        types = collections.Counter(name for name in stored if name not in PLAIN)
+        stand_ins = collections.Counter(filter(None, map(gguf.stand_in, tensors)))
         shown = types if set(types) != {"I8"} else {}
-        written.append(Written(target, layout.size_bytes, quantized, protected, smooth, shown))
+        written.append(Written(target, layout.size_bytes, types.total(), protected, smooth, shown, stand_ins))
     if request.make_folder:
         _make_folder(request.target)
     write_files(files, request.overwrite, sources, report)

@@ -8,8 +8,7 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -17,7 +16,11 @@ from .progress import size_text
 
 logger = logging.getLogger(__name__)
 
+# The ending of a file that waits whether it is needed again.
+_PREVIOUS = "previous"
 FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+# The second is what Windows answers to a path of more than 260 characters, in a folder that is there.
+LONG_NAME = (errno.ENAMETOOLONG, errno.ENOENT)
 
 
 def check_targets(targets: Iterable[str], sources: Iterable[str], overwrite: bool, make_folder: bool = False) -> None:
@@ -55,12 +58,23 @@ def check_space(folder: str, size_bytes: int) -> None:
 
 
 def _check_writable(target: str, folder: str) -> None:
-    """By writing: rights, read-only disks and network folders answer nothing else truthfully."""
+    """By writing: rights, read-only disks, network folders and limits on names answer nothing else truthfully."""
+    probe = _beside(os.path.join(folder, os.path.basename(target)), _PREVIOUS)  # the longest name that is needed
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        open(probe, "xb").close()
+        os.unlink(probe)
     except OSError as error:
+        if error.errno in LONG_NAME:
+            raise ValueError(
+                f"{target}: the name is too long for the endings that it has while the file is written. Pick a shorter "
+                "name."
+            ) from error
         raise _not_writable(target, error) from error
+
+
+def _beside(path: str, ending: str) -> str:
+    """A name in the folder of a file that nothing has yet, and that nobody takes for a model."""
+    return f"{path}.{secrets.token_hex(4)}.{ending}"
 
 
 def _existing(folder: str) -> str:
@@ -72,15 +86,17 @@ def _existing(folder: str) -> str:
 
 class OutputFile:
     """A file being written: `finish` completes it, `commit` puts it under its name. A `with` block that is left by an
-    error, or without `commit`, leaves nothing.
+    error, or without `commit`, leaves what was there before.
 
     Only a process that is killed leaves its temporary file, `<name>.<random>.partial`, which nobody takes for a model.
     """
 
     def __init__(self, path: str, overwrite: bool = False):
         self.path, self._overwrite = path, overwrite
-        self._temporary = f"{path}.{secrets.token_hex(4)}.partial"
-        self._file, self._is_committed = None, False
+        self._temporary = _beside(path, "partial")
+        # Where the file that was under the name is, as long as it may have to come back.
+        self._previous: str | None = None
+        self._file, self._is_renamed, self._is_committed = None, False, False
 
     def __enter__(self) -> OutputFile:
         try:
@@ -90,17 +106,25 @@ class OutputFile:
             raise _not_writable(self.path, error) from error
         return self
 
-    def __exit__(self, exception_type, *exception) -> None:
-        if self._is_committed and exception_type is None:
+    def __exit__(self, *exception) -> None:
+        if self._is_committed:
             return
         # The file is thrown away, so what closing it could not write is of no interest; the error on its way is.
         with contextlib.suppress(OSError):
             self._file.close()
-        left = self.path if self._is_committed else self._temporary
-        try:
-            os.unlink(left)
-        except OSError as error:
-            logger.warning("Lowbit: %s stays behind (%s). Delete it.", left, error.strerror)
+        has_previous = self._previous is not None and os.path.lexists(self._previous)
+        if not self._is_renamed:
+            _delete(self._temporary)
+        elif not has_previous:
+            _delete(self.path)
+        if has_previous:
+            try:
+                os.replace(self._previous, self.path)
+            except OSError as error:
+                logger.warning(
+                    "Lowbit: what was %s is now %s and could not be put back (%s). Rename it.",
+                    self.path, self._previous, error.strerror,
+                )  # fmt: skip
 
     def write(self, offset: int, data: bytes | torch.Tensor) -> None:
         """Put bytes, or the bytes of a tensor, at a place in the file."""
@@ -128,13 +152,29 @@ class OutputFile:
             raise _exists(self.path)
 
     def commit(self) -> None:
-        """Put the finished file under its name."""
+        """Put the finished file under its name, in one step: at any moment the old file or the new one is there."""
+        commit_together([self])
+
+    def rename(self, keep_previous: bool = False) -> None:
+        """Give the finished file its name. keep_previous: what had the name is there under another one, until
+        `settle`."""
         try:
+            if keep_previous and os.path.lexists(self.path):
+                self._previous = _beside(self.path, _PREVIOUS)
+                os.rename(self.path, self._previous)
             os.replace(self._temporary, self.path)
         except OSError as error:
             raise self._failed(error) from error
+        self._is_renamed = True
+
+    def settle(self) -> None:
+        """Nothing takes the file back any more."""
         self._is_committed = True
-        _sync_folder(os.path.dirname(os.path.abspath(self.path)))
+
+    def forget_previous(self) -> None:
+        """Delete what the file replaced."""
+        if self._previous is not None:
+            _delete(self._previous)
 
     def _failed(self, error: OSError) -> RuntimeError:
         if error.errno in FULL_DISK:
@@ -146,6 +186,36 @@ class OutputFile:
             f"{self.path}: cannot be written ({error.strerror}). If the file is in use, unload the model or pick "
             "another name."
         )
+
+
+def commit_together(files: Sequence[OutputFile]) -> None:
+    """Put finished files under their names. Where this raises, their `with` blocks put back what was there before.
+
+    The last file needs no way back: once it has its name, all have. So a single file replaces an older one in one
+    step. A process that is killed between the steps leaves of two files, in this order:
+
+    - the first under no name, the old one as `<name>.<random>.previous`, both new ones as `.partial`
+    - the first new, the second old: the old first one as `.previous`, the new second one as `.partial`
+    - both new, and the old first one as `.previous`
+
+    so that by renaming either pair can be had.
+    """
+    for file in files[:-1]:
+        file.rename(keep_previous=True)
+    files[-1].rename()
+    for file in files:  # before what takes time: whoever interrupts that finds both files new
+        file.settle()
+    for folder in dict.fromkeys(os.path.dirname(os.path.abspath(file.path)) for file in files):
+        _sync_folder(folder)
+    for file in files:
+        file.forget_previous()
+
+
+def _delete(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        logger.warning("Lowbit: %s stays behind (%s). Delete it.", path, error.strerror)
 
 
 def _not_writable(path: str, error: OSError) -> RuntimeError:

@@ -5,6 +5,10 @@ A policy file for GGUF, all entries but `default` optional:
     {"default": "Q4_K",                                    linear layers worth quantizing
      "layers": {"*.feed_forward.w2": "Q8_0"},              by pattern or name, first match first; any weight
      "rest": "BF16"}                                       everything else; without it F16 stays F16, the rest is BF16
+
+Patterns are compared with keys without `.weight`: `layers.0.ffn_norm1`, `input_proj.bias`. F32, F16 and BF16 count for
+any tensor of floats, the other types for weights of two and more dimensions alone: `layers.0.*` as Q8_0 leaves the
+norms and biases of that layer to the patterns after it, and to `rest`. A pattern without any effect is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ WRITABLE = tuple(name for name, ggml_type in TYPES.items() if ggml_type.can_quan
 PRESETS = tuple(name.lower() for name in WRITABLE if TYPES[name].plain_dtype is None)
 # Of a fragility report's layers, unless someone says otherwise: as in the published recipe for Ideogram 4.
 PROTECT_COUNT = 17
-_PLAIN = tuple(name for name, ggml_type in TYPES.items() if ggml_type.plain_dtype is not None)
+# Types that hold tensors which are not quantized.
+PLAIN = tuple(name for name, ggml_type in TYPES.items() if ggml_type.plain_dtype is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +41,48 @@ class GgufPolicy:
     layers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rest: str | None = None
 
-    def wanted(self, module: str, quantize: bool) -> str | None:
-        """The type for a module's weight; None for the rest's. quantize: whether it is a layer worth quantizing."""
-        for pattern, name in self.layers.items():
-            if fnmatch.fnmatchcase(module, pattern):
-                return name
-        return self.default if quantize else None
+    def wanted(self, key: str, weight, quantize: bool) -> str | None:
+        """The type for a tensor of floats; None for the rest's. quantize: whether it is a layer worth quantizing."""
+        pattern = self._pattern(key, weight)
+        return self.layers[pattern] if pattern is not None else self.default if quantize else None
 
-    def check_patterns(self, modules: Sequence[str]) -> None:
-        """Raises ValueError for a pattern that fits none of a model's modules: it would be ignored without a word."""
-        for pattern in self.layers:
-            if not fnmatch.filter(modules, pattern):
+    def check_patterns(self, weights: Mapping[str, object]) -> None:
+        """Raises ValueError for a pattern that decides about none of a model's tensors of floats: it would be ignored
+        without a word. weights: of all branches."""
+        deciding = {self._pattern(key, weight) for key, weight in weights.items()}
+        for pattern in (each for each in self.layers if each not in deciding):
+            fitting = [key for key in weights if fnmatch.fnmatchcase(module_of(key), pattern)]
+            if not fitting:
+                names = list(map(module_of, weights))
                 raise ValueError(
-                    f"policy: {pattern!r} fits no weight of the model. Names look like {modules[len(modules) // 2]}."
+                    f"policy: {pattern!r} fits no weight of the model. Names look like {names[len(names) // 2]}."
                 )
+            counting = [key for key in fitting if self._counts(pattern, key, weights[key])]
+            if not counting:
+                raise ValueError(
+                    f"policy: {pattern!r} fits no weight that {self.layers[pattern]} could be for, only such as "
+                    f"{module_of(fitting[0])}, of shape {list(weights[fitting[0]].shape)}. Norms, biases and other "
+                    f"tensors that are no matrices are stored as {', '.join(PLAIN)}."
+                )
+            earlier = self._pattern(counting[0], weights[counting[0]])
+            raise ValueError(
+                f"policy: {pattern!r} has no effect, because patterns before it fit all that it fits: "
+                f"{module_of(counting[0])} is decided by {earlier!r}. Put the narrower pattern first."
+            )
+
+    def _pattern(self, key: str, weight) -> str | None:
+        """The pattern that decides about a tensor of floats."""
+        module = module_of(key)
+        fitting = (pattern for pattern in self.layers if fnmatch.fnmatchcase(module, pattern))
+        return next((pattern for pattern in fitting if self._counts(pattern, key, weight)), None)
+
+    def _counts(self, pattern: str, key: str, weight) -> bool:
+        return self.layers[pattern] in PLAIN or (key.endswith(".weight") and len(weight.shape) >= 2)
+
+
+def module_of(key: str) -> str:
+    """What patterns are compared with."""
+    return key.removesuffix(".weight")
 
 
 def read_policy(preset_or_path: str) -> GgufPolicy:
@@ -79,7 +112,7 @@ def _checked_policy(path: str, policy: object) -> GgufPolicy:
         raise ValueError(f"{path}: found {quoted(layers)} as layers, expected an object: pattern -> type.")
     default = _type(path, "default", policy["default"], WRITABLE)
     layers = {pattern: _type(path, pattern, name, WRITABLE) for pattern, name in layers.items()}
-    return GgufPolicy(default, layers, None if rest is None else _type(path, "rest", rest, _PLAIN))
+    return GgufPolicy(default, layers, None if rest is None else _type(path, "rest", rest, PLAIN))
 
 
 def _type(path: str, entry: str, name: object, known: Sequence[str]) -> str:

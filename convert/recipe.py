@@ -14,10 +14,10 @@ from ..loaders.branches import BRANCHES
 from .gguf_header import FILE_TYPES, QUANTIZATION_VERSION
 
 RECIPE = "lowbit.recipe"
-# A source's metadata about its own container and types, which its conversion does not share.
+# A source's metadata about its own container, types and bytes, which its conversion does not share.
 _OF_THE_SOURCE = re.compile(
     r"format$|_quantization_metadata$|lowbit\.|gguf\.|comfy\.gguf\.|split\.|general\.(architecture|file_type|"
-    r"quantization_version|alignment)$"
+    r"quantization_version|alignment)$|modelspec\.hash_sha256$|sshs_"
 )
 _LONGEST_KEY = 1000  # in bytes; GGUF readers know limits
 

@@ -24,6 +24,8 @@ from .record import (
 )
 from .source import Sources, open_sources
 
+# `model-00001-of-00002.safetensors`: a part of a release in several files. GGUF says so in its metadata.
+_SHARD = re.compile(r"\d{5}-of-(\d{5})\.(.+\.)?safetensors$")
 _OF_LORA = re.compile(r"\.(lora_(A|B|up|down)|hada_w1_a|lokr_w1|lokr_w1_a)(\.|$)")
 # Both stand in a text encoder as it is published; llama.cpp's names are refused by the loaders.
 _OF_TEXT_ENCODER = (re.compile(r"(^|\.)embed_tokens\.weight$"), re.compile(r"\.self_attn\.q_proj\.weight$"))
@@ -77,6 +79,8 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
         raise ValueError(f"{request.target}: found another ending, expected {suffix}. Rename the file to write.")
     _check_count(request)
     check_device(request.device)
+    for path in filter(None, (request.source, request.unconditional)):
+        _refuse_shard(path)
     sources = open_sources(request.source, request.unconditional)
     targets = _targets(request, len(sources.branches))
     read = [file.path for file in sources.files]
@@ -104,6 +108,18 @@ def open_request(request: Request, suffix: str, prefixes: Mapping[str, str]) -> 
     return sources, parts
 
 
+def _refuse_shard(path: str) -> None:
+    """Nothing in such a file says so but its name."""
+    found = _SHARD.search(os.path.basename(path))
+    if found is not None and int(found[1]) > 1:
+        raise CheckpointError(
+            path,
+            found=f"one part of a model split into {int(found[1])} files",
+            expected="a whole model in one file",
+            todo="Download the file that is not split, as ComfyUI itself needs it, or merge the parts.",
+        )
+
+
 def _check_branch(path: str | None, branch_of: Callable[[str], str | None], expected: str | None) -> None:
     found = None if path is None or expected is None else branch_of(path)
     if found not in (None, expected):
@@ -129,11 +145,13 @@ def _check_count(request: Request) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError for a device that there is not."""
+    """Raises ValueError for a device that there is not, and for kinds on which nothing was ever computed."""
     try:
         kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device: found {device!r}, expected cpu, cuda or a certain GPU such as cuda:1.") from error
+    except RuntimeError:  # torch's own sentence names dozens of kinds
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: found {device!r}, expected cpu, cuda or a certain GPU such as cuda:1.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: found no CUDA device on this machine. Leave it out, or say cpu.")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():

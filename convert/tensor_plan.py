@@ -21,20 +21,29 @@ class NotFiniteError(ValueError):
     """The source itself has NaN or infinity."""
 
 
+class SmoothedRangeError(ValueError):
+    """The source's values fit; multiplied by the factors of smoothing they do not."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorPlan:
     """key: of the source's weight, for error texts. compute: the pieces of `tensors`, in any order; raises
-    NotFiniteError, and ValueError for finite values that the type of `tensors[0]` cannot hold."""
+    NotFiniteError, and ValueError for finite values that the type of `tensors[0]` cannot hold. quantized_as: the type
+    that was asked for, None for a plain one; that of `tensors[0]` is another where the rows are no whole blocks."""
 
     key: str
     tensors: tuple[OutputTensor, ...]
     compute: Callable[[], Pieces]
+    quantized_as: str | None = None
+
+
+def is_float(weight: torch.Tensor | QuantizedWeight) -> bool:
+    return not isinstance(weight, torch.Tensor) or weight.dtype.is_floating_point
 
 
 def kept_dtype(weight: torch.Tensor | QuantizedWeight) -> torch.dtype:
     """How a tensor that is not quantized is stored: F16 and whole numbers as they are, everything else as BF16."""
-    is_plain = isinstance(weight, torch.Tensor)
-    if is_plain and (weight.dtype == torch.float16 or not weight.dtype.is_floating_point):
+    if isinstance(weight, torch.Tensor) and (weight.dtype == torch.float16 or not is_float(weight)):
         return weight.dtype
     return torch.bfloat16
 
@@ -68,7 +77,8 @@ def plain_pieces(
         part = values.to(dtype)
         if not bool(torch.isfinite(part).all()):
             largest = values.abs().max().item()
-            raise ValueError(f"a value of {largest:.4g} does not fit {str(dtype).removeprefix('torch.')}")
+            error = ValueError if factors is None else SmoothedRangeError
+            raise error(f"a value of {largest:.4g} does not fit {str(dtype).removeprefix('torch.')}")
         return part
 
     for rows, part in in_pieces(compute, tuple(weight.shape), device):

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from ..loaders import CheckpointError
 from ..loaders.errors import TAKE_ANOTHER, quoted
 from .file_layout import FileLayout
-from .output_file import OutputFile, check_space
+from .output_file import OutputFile, check_space, commit_together
 from .progress import Report, Stage
 from .source import Sources
-from .tensor_plan import NotFiniteError, Pieces, TensorPlan
+from .tensor_plan import NotFiniteError, Pieces, SmoothedRangeError, TensorPlan
 
 # More than header and padding ever take beside the tensors.
 _HEADER_ROOM_BYTES = 2**24
@@ -51,8 +51,7 @@ def write_files(files: Sequence[FilePlan], overwrite: bool, sources: Sources, re
             output.finish(file.layout.size_bytes)
         sources.check_unchanged()
         # Only renaming is left, once nothing else can fail: two branches belong together.
-        for output in opened:
-            output.commit()
+        commit_together(opened)
 
 
 def _write_tensors(file: FilePlan, plan: TensorPlan, output: OutputFile, stage: Stage, sources: Sources) -> None:
@@ -75,6 +74,14 @@ def _explained(source: str, plan: TensorPlan) -> Iterator[tuple]:
                 found=f"{quoted(plan.key)} with values that are not finite ({error})",
                 expected="a sound weight",
                 todo=f"The file is damaged or was made by a faulty program: {TAKE_ANOTHER}",
+            ) from error
+        except SmoothedRangeError as error:
+            stored = plan.tensors[0].stored
+            raise CheckpointError(
+                source,
+                found=f"{quoted(plan.key)} with values that {stored} cannot hold once they are smoothed ({error})",
+                expected=f"values in the range of {stored}",
+                todo="Lower the alpha of smoothing (--smooth-alpha), or leave the activation record out.",
             ) from error
         except ValueError as error:
             stored = plan.tensors[0].stored

@@ -78,8 +78,10 @@ class ChosenDevice:
     """What computes, of one of DEVICES, and its memory."""
 
     def __init__(self, choice: str):
-        self._is_the_hosts = choice == DEVICES[0]
-        self.device = comfy.model_management.get_torch_device() if self._is_the_hosts else torch.device("cpu")
+        device = comfy.model_management.get_torch_device()
+        # Of the host's other kinds (Intel, Apple, DirectML) none computes what conversions need.
+        self._is_the_hosts = choice == DEVICES[0] and device.type in ("cpu", "cuda")
+        self.device = device if self._is_the_hosts else torch.device("cpu")
 
     def make_room(self) -> None:
         """Move models off it: once nothing is refused any more."""

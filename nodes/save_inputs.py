@@ -88,7 +88,7 @@ def device() -> io.Combo.Input:
         default=convert.DEVICES[0],
         optional=True,
         advanced=True,
-        tooltip="default: the GPU, where there is one. cpu: slower, and takes no GPU memory.",
+        tooltip="default: the GPU, where there is one (NVIDIA or AMD). cpu: slower, and takes no GPU memory.",
     )
 
 

@@ -14,10 +14,12 @@ from lowbit.tests.convert.making import spiky_record, to_gguf, to_int8
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def run(*arguments, cwd=None, pack=ROOT) -> subprocess.CompletedProcess:
+def run(*arguments, cwd=None, pack=ROOT, encoding=None) -> subprocess.CompletedProcess:
     command = [sys.executable, str(pack / "convert"), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment, encoding=encoding
+    )
 
 
 def test_the_same_files_as_from_the_functions(tmp_path, fp8_files):
@@ -92,6 +94,18 @@ def test_what_is_remarked_is_a_line_and_no_refusal(tmp_path, fp8_files):
     assert remarked[0].startswith("m.gguf is quantized already (gguf_q8_0): ")
     assert remarked[1].startswith("m_uncond.safetensors is converted as the conditional branch, but its name says")
     assert "is converted as" not in "".join(result.stderr.splitlines()[2:])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", "utf-8"])
+def test_a_path_that_the_terminal_has_no_letters_for(tmp_path, fp8_files, monkeypatch, encoding):
+    """Of the file's path at the end, and of an error's."""
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    result = run("gguf", fp8_files["conditional"], tmp_path / "模型.gguf", encoding=encoding.partition(":")[0])
+    name = "模型" if encoding == "utf-8" else r"\u6a21\u578b"
+    assert result.returncode == 0 and f"{name}.gguf: " in result.stdout and (tmp_path / "模型.gguf").is_file()
+    again = run("gguf", fp8_files["conditional"], tmp_path / "模型.gguf", encoding=encoding.partition(":")[0])
+    assert again.returncode == 1 and f"{name}.gguf: exists already" in again.stderr
 
 
 def test_help_names_every_option_without_importing_torch(tmp_path):

@@ -179,10 +179,87 @@ def test_a_pattern_that_fits_nothing_is_refused(tmp_path, fp8_files):
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_plain_types_are_for_norms_and_biases_too(tmp_path, fp8_files):
+    """The other types are not: a rule for a whole layer leaves its norms to the rules after it."""
+    layers = {"layers.0.*": "Q8_0", "*norm[12]": "F32", "*.bias": "F16", "layers.1.*": "F32"}
+    (written,) = to_gguf(
+        fp8_files["conditional"], tmp_path / "m.gguf", policy_file(tmp_path, default="Q4_K", layers=layers)
+    )
+    types = types_of(written.path)
+    for key, stored in {
+        "layers.0.attention_norm1.weight": "F32",
+        "layers.0.adaln_modulation.bias": "F16",
+        "input_proj.bias": "F16",
+        "layers.0.attention.norm_q.weight": "BF16",
+        "layers.0.attention.qkv.weight": "Q8_0",
+        "layers.0.adaln_modulation.weight": "Q8_0",
+        "layers.1.attention.norm_q.weight": "F32",
+        "layers.1.attention.qkv.weight": "F32",
+        "llm_cond_norm.weight": "BF16",
+    }.items():
+        assert types[key] == stored, key
+    got, source = meant_by_gguf(written.path), floats_of(fp8_files["conditional"])
+    assert torch.equal(got["layers.1.ffn_norm2.weight"], source["layers.1.ffn_norm2.weight"])
+
+
+@pytest.mark.parametrize(
+    "layers, text",
+    [
+        ({"*norm*": "Q8_0"}, r"'\*norm\*' fits no weight that Q8_0 could be for, only such as \S+norm\S*, of shape "
+                             r"\[\d+\]\. Norms, biases .* are stored as F32, F16, BF16"),
+        ({"*.bias": "Q4_K"}, r"fits no weight that Q4_K could be for, only such as \S+\.bias"),
+        ({"*": "Q8_0", "*.w2": "Q4_0"}, r"'\*\.w2' has no effect, because patterns before it fit all that it fits: "
+                                        r"layers\.0\.feed_forward\.w2 is decided by '\*'\. Put the narrower"),
+        ({"*.w[12]": "Q8_0", "*.w3": "Q5_0", "*.w?": "Q4_0"}, r"'\*\.w\?' has no effect"),
+        ({"*": "F32", "*norm*": "F16"}, r"'\*norm\*' has no effect"),
+        ({"LAYERS.*": "Q8_0"}, r"'LAYERS\.\*' fits no weight of the model"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("both", [False, True], ids=["one", "two"])
+def test_patterns_without_effect_are_refused(tmp_path, fp8_files, layers, text, both):
+    options = {"unconditional": str(fp8_files["unconditional"])} if both else {}
+    with pytest.raises(ValueError, match=text):
+        to_gguf(
+            fp8_files["conditional"], tmp_path / "m.gguf", policy_file(tmp_path, default="Q4_K", layers=layers),
+            **options,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_pattern_may_fit_one_branch_alone(tmp_path, fp8_files):
+    floats = {key: value for key, value in small.ideogram4("unconditional").items() if "llm_cond" not in key}
+    without_text = small.save(tmp_path / "uncond.safetensors", floats)
+    policy = policy_file(tmp_path, default="Q4_K", layers={"llm_cond_proj": "Q8_0"})
+    first, second = to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", policy, unconditional=str(without_text))
+    assert types_of(first.path)["llm_cond_proj.weight"] == "Q8_0"
+    assert "llm_cond_proj.weight" not in types_of(second.path)
+    with pytest.raises(ValueError, match="'llm_cond_proj' fits no weight of the model"):
+        to_gguf(without_text, tmp_path / "u.gguf", policy)
+
+
 def test_the_result_says_how_many_layers_have_which_type(tmp_path, fp8_files):
     policy = policy_file(tmp_path, default="Q4_K", layers={"*.feed_forward.w2": "Q8_0"})
     (written,) = to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", policy)
     assert "10 linear layers quantized (8 Q4_K, 2 Q8_0)" in str(written)
+    policy = policy_file(tmp_path, default="BF16", layers={"layers.0.*.w2": "BF16", "embed_*": "Q8_0"})
+    (written,) = to_gguf(fp8_files["conditional"], tmp_path / "n.gguf", policy)
+    assert str(written).endswith(", 1 linear layer quantized (1 Q8_0)")
+
+
+def test_the_result_says_what_became_of_rows_that_are_no_whole_blocks(tmp_path):
+    rows = {"a": 264, "b": 288, "c": 288, "d": 512, "e": 264}
+    floats = {f"blocks.0.{name}.weight": torch.randn(256, K) for name, K in rows.items()}
+    (written,) = to_gguf(
+        small.save(tmp_path / "m.safetensors", floats), tmp_path / "m.gguf", "q4_k", protected=("blocks.0.e",)
+    )
+    assert types_of(written.path) == {
+        f"blocks.0.{name}.weight": stored
+        for name, stored in {"a": "BF16", "b": "Q8_0", "c": "Q8_0", "d": "Q4_K", "e": "BF16"}.items()
+    }
+    assert str(written).endswith(
+        ", 3 linear layers quantized (2 Q8_0, 1 Q4_K), 1 layer protected; 1 left as BF16: rows are no multiple of 32; "
+        "2 Q8_0 in place of Q4_K: rows are no multiple of 256"
+    )
 
 
 def test_policies_that_are_no_file(tmp_path):
@@ -243,7 +320,8 @@ def test_shapes_and_types_beside_matrices(tmp_path):
     (written,) = to_gguf(source, tmp_path / "m.gguf")
     got = load_branch(written.path).weights
     assert torch.equal(got["video.weight"], extra["video.weight"].bfloat16())
-    assert torch.equal(got["scalar"].reshape(()), extra["scalar"].bfloat16())
+    assert torch.equal(got["scalar"], extra["scalar"].bfloat16().reshape(1))  # gguf-py reads no fewer dimensions
+    assert types_of(written.path)["scalar"] == "BF16"
     assert torch.equal(got["steps"], extra["steps"]) and torch.equal(got["bytes"], extra["bytes"])
     source = small.save(tmp_path / "b.safetensors", floats | {"flag": torch.tensor([True])})
     with pytest.raises(ValueError, match=r"flag: found torch\.bool, which GGUF does not hold"):

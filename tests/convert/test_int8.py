@@ -161,7 +161,9 @@ def test_same_input_same_bytes_and_the_recipe_says_which(tmp_path, fp8_files):
 
 
 def test_what_the_source_says_about_the_model_is_kept(tmp_path):
+    """What it says about its own bytes is not."""
     said = {"modelspec.title": "A model", "license": "Apache-2.0", "_quantization_metadata": '{"layers": {}}'}
+    said |= {"modelspec.hash_sha256": "0x12ab", "sshs_model_hash": "12ab", "sshs_legacy_hash": "34cd"}
     source = small.save(tmp_path / "m.safetensors", small.ideogram4(), torch.bfloat16, said)
     (written,) = to_int8(source, tmp_path / "out.safetensors")
     metadata = metadata_of(written.path)

@@ -151,11 +151,11 @@ def test_a_record_that_contradicts_the_name_of_the_only_branch(tmp_path, fp8_fil
 
 @pytest.mark.parametrize("make_folder", [False, True])
 def test_a_folder_that_takes_no_files_is_noticed_first(tmp_path, fp8_files, monkeypatch, make_folder):
-    def refuse(dir):
-        assert dir == str(tmp_path)
+    def refuse(path, mode):
+        assert os.path.dirname(path) == str(tmp_path)
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(output_file.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(output_file, "open", refuse, raising=False)
     folder = tmp_path / "new" if make_folder else tmp_path
     for convert, name in BOTH:
         stages = []
@@ -170,6 +170,32 @@ def test_a_gpu_that_is_not_there(tmp_path, fp8_files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     refused(to_int8, fp8_files["conditional"], tmp_path / "out.safetensors", "found cuda:2, expected cuda:0 to cuda:1",
             device="cuda:2")  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps", "meta", "privateuseone:0", "gpu", "", "cuda:x"])
+def test_devices_that_nothing_is_computed_on(tmp_path, device):
+    """Before the source is looked at."""
+    text = f"device: found {device!r}, expected cpu, cuda or a certain GPU such as cuda:1"
+    for convert, name in BOTH:
+        refused(convert, tmp_path / "gone.safetensors", tmp_path / name, text, device=device)
+
+
+@pytest.mark.parametrize("convert, name", BOTH)
+def test_parts_of_a_split_model(tmp_path, fp8_files, convert, name):
+    """As with GGUF files whose metadata says it; here only the name does."""
+    target, text = tmp_path / name, "found one part of a model split into 2 files, expected a whole model in one file"
+    for part in ("m-00001-of-00002", "diffusion_pytorch_model-00002-of-00002.fp16"):
+        source = tmp_path / f"{part}.safetensors"
+        source.write_bytes(fp8_files["conditional"].read_bytes())
+        refused(convert, source, target, text)
+        refused(convert, fp8_files["conditional"], target, text, unconditional=str(source))
+    for whole in ("m-00001-of-00001", "1-of-2-girls"):
+        source = (tmp_path / "m-00001-of-00002.safetensors").rename(tmp_path / f"{whole}.safetensors")
+        assert convert(source, target, overwrite=True)
+        source.rename(tmp_path / "m-00001-of-00002.safetensors")
+    merged = tmp_path / "m-00001-of-00002.gguf"  # GGUF knows it from its metadata
+    to_gguf(fp8_files["conditional"], merged)
+    assert convert(merged, target, overwrite=True)
 
 
 def test_sizes_have_the_unit_that_fits():

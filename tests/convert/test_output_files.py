@@ -1,5 +1,6 @@
 """A file is there whole or not at all: nothing is overwritten unasked, and what goes wrong leaves nothing behind."""
 
+import contextlib
 import errno
 import io
 import logging
@@ -236,9 +237,109 @@ def test_two_branches_stand_together_or_not_at_all(
     monkeypatch.setattr(output_file, "_sync_folder", lambda folder: None)
     with pytest.raises(raised):
         convert(kind, fp8_files, tmp_path, overwrite=overwrite)
-    if broken == "replace" and overwrite:
-        del old[next(iter(old))]  # its name was taken already; a new file there would be one half of a pair
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+def pair(folder):
+    """Two finished files under whose names others lie, as two branches are when only renaming is left."""
+    paths = [folder / "m", folder / "m_uncond"]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(OutputFile(str(path), overwrite=True)) for path in paths]
+        for path, file in zip(paths, files, strict=True):
+            path.write_bytes(b"old" + path.name.encode())
+            file.write(0, b"new" + path.name.encode())
+            file.finish(3 + len(path.name))
+        output_file.commit_together(files)
+
+
+def test_both_files_of_a_pair_are_there_at_any_moment(tmp_path, monkeypatch):
+    """Whenever the process is killed: the old ones or the new ones, the first under another name at most."""
+    seen = []
+
+    def watched(function):
+        def call(*arguments):
+            function(*arguments)
+            seen.append({path.name.partition(".")[0] + path.suffix: path.read_bytes() for path in tmp_path.iterdir()})
+
+        return call
+
+    for name in ("rename", "replace", "unlink"):
+        monkeypatch.setattr(output_file.os, name, watched(getattr(os, name)))
+    pair(tmp_path)
+    new = {"m": b"newm", "m_uncond": b"newm_uncond"}
+    seconds = {"m_uncond": b"oldm_uncond", "m_uncond.partial": b"newm_uncond"}
+    assert seen == [
+        {"m.previous": b"oldm", "m.partial": b"newm"} | seconds,
+        {"m.previous": b"oldm", "m": b"newm"} | seconds,
+        {"m.previous": b"oldm"} | new,
+        new,
+    ]
+
+
+@pytest.mark.parametrize("broken, call", [("rename", 1), ("replace", 1), ("replace", 2)])
+def test_a_pair_that_cannot_be_replaced_stays(tmp_path, monkeypatch, broken, call):
+    """As on Windows, where the first, its new name, or the second is open in another program."""
+    calls, real = [], getattr(os, broken)
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(*arguments)
+
+    monkeypatch.setattr(output_file.os, broken, fails)
+    text = r"m(_uncond)?: cannot be written \(Access is denied\)\. If the file is in use, unload the model or pick"
+    with pytest.raises(RuntimeError, match=text):
+        pair(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"m": b"oldm", "m_uncond": b"oldm_uncond"}
+
+
+def test_an_old_file_that_cannot_be_put_back_or_deleted_is_told(tmp_path, monkeypatch, caplog):
+    def denied(*arguments):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="Access is denied"):
+        patched.setattr(output_file.os, "replace", denied)
+        pair(tmp_path)
+    (previous,) = tmp_path.glob("m.*.previous")
+    assert previous.read_bytes() == b"oldm" and f"is now {previous} and could not be put back" in caplog.text
+    previous.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(output_file.os, "unlink", denied)
+        pair(tmp_path)
+    (previous,) = tmp_path.glob("m.*.previous")
+    assert f"{previous} stays behind (Access is denied). Delete it." in caplog.text
+    assert (tmp_path / "m").read_bytes() == b"newm" and (tmp_path / "m_uncond").read_bytes() == b"newm_uncond"
+
+
+@pytest.mark.parametrize("names", [1, 2])
+def test_who_interrupts_after_the_last_name_finds_the_new_files(tmp_path, monkeypatch, names):
+    def interrupt(folder):
+        raise Interrupted
+
+    monkeypatch.setattr(output_file, "_sync_folder", interrupt)
+    with pytest.raises(Interrupted):
+        if names == 2:
+            pair(tmp_path)
+        else:
+            (tmp_path / "m").write_bytes(b"oldm")
+            with OutputFile(str(tmp_path / "m"), overwrite=True) as file:
+                file.write(0, b"newm")
+                file.finish(4)
+                file.commit()
+    assert all((tmp_path / name).read_bytes() == b"new" + name.encode() for name in ("m", "m_uncond")[:names])
+
+
+@both_kinds
+def test_a_name_that_is_too_long_for_its_temporary_is_refused_first(tmp_path, fp8_files, kind):
+    function, name = CONVERT[kind]
+    stages = []
+    for length, options in ((250, {}), (234, {"unconditional": str(fp8_files["unconditional"])})):
+        target = tmp_path / f"{'n' * (length - len(name))}{name}"
+        with pytest.raises(ValueError, match=r"the name is too long .*\. Pick a shorter name\."):
+            function(fp8_files["conditional"], target, report=stages.append, **options)
+    assert not stages and not list(tmp_path.iterdir())
+    assert function(fp8_files["conditional"], tmp_path / f"{'n' * (234 - len(name))}{name}")
 
 
 @both_kinds

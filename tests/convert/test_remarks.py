@@ -70,6 +70,38 @@ def test_files_of_the_other_branch_by_their_metadata(tmp_path, remarks_on, fp8_f
     assert "the conditional branch, but its metadata says that it is the unconditional one" in swapped[0]
 
 
+DIFFUSERS = {
+    "flux": (
+        "x_embedder",
+        "context_embedder",
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.attn.add_q_proj",
+    ),
+    "auraflow": ("joint_transformer_blocks.0.attn.to_q", "joint_transformer_blocks.0.attn.add_k_proj"),
+    "z_image": ("noise_refiner.0.attention.to_k", "layers.0.attention.to_q"),
+}
+
+
+@pytest.mark.parametrize("model", DIFFUSERS)
+def test_names_of_the_diffusers_library(tmp_path, remarks_on, model):
+    floats = {f"{name}.weight": torch.zeros(256, 256) for name in DIFFUSERS[model]}
+    (remark,) = remarks_on(small.save(tmp_path / "m.safetensors", floats))
+    assert remark.startswith("m.safetensors has the names of the diffusers library, such as ")
+    assert "it will not load what becomes of them. Convert the file with the names of the model's" in remark
+
+
+def test_names_of_the_models_own_releases(tmp_path, remarks_on):
+    outside = ("img_in", "txt_in", "time_text_embed.timestep_embedder.linear_1", "norm_out.linear", "proj_out")
+    inside = (
+        "img_mod.1", "txt_mod.1", "img_mlp.net.0.proj", "txt_mlp.net.2", "attn.to_q", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+    names = [*outside, *(f"transformer_blocks.0.{name}" for name in inside)]
+    qwen_image = {f"{name}.weight": torch.zeros(256, 256) for name in names}
+    for floats in (qwen_image, small.flux(), small.lumina2(), small.ideogram4()):
+        assert not remarks_on(small.save(tmp_path / "m.safetensors", floats))
+
+
 @pytest.mark.parametrize("recipe", ["", "no JSON", "[]", "{}", '{"source_sha256": "a"}', '{"source_sha256": {"x": 1}}'])
 def test_a_recipe_of_others_says_nothing(tmp_path, remarks_on, recipe):
     from safetensors.torch import save_file

@@ -146,6 +146,23 @@ def test_the_file_holds_the_folded_model(tmp_path, fp8_files):
     assert recipe["alpha"] == 0.5 and len(recipe["activation_record_sha256"]) == 1
 
 
+@pytest.mark.parametrize("key", ["layers.0.ffn_norm1.weight", "layers.0.feed_forward.w3.weight"])
+def test_values_that_only_factors_make_too_large_say_so(tmp_path, key):
+    """A norm, and a protected layer: no policy file and no further protection helps with either."""
+    floats = small.ideogram4()
+    floats[key] = floats[key].sign() * 60_000
+    source = small.save(tmp_path / "m.safetensors", floats, torch.float16)
+    options = {"protected": ("layers.0.*.w3",)}
+    assert to_int8(source, tmp_path / "plain.safetensors", **options)
+    record = str(spiky_record(tmp_path / "record.safetensors"))
+    text = (
+        rf"'{key}' with values that F16 cannot hold once they are smoothed \(.* does not fit float16\).*"
+        r"\. Lower the alpha of smoothing \(--smooth-alpha\), or leave the activation record out\."
+    )
+    with pytest.raises(ValueError, match=text):
+        to_int8(source, tmp_path / "smooth.safetensors", records=(record,), **options)
+
+
 def test_smoothing_makes_int8_products_of_spiky_activations_better(tmp_path):
     """The product of w2 with activations quantized per token, as W8A8 computes it."""
     path = spiky_record(tmp_path / "record.safetensors", spread=2.0)

@@ -121,6 +121,15 @@ def test_folded_factors_do_not_change_the_host_s_model(comfy_host, architecture)
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu", "privateuseone"])
+def test_where_the_host_has_a_gpu_that_computes_no_conversion_the_cpu_does(
+    comfy_host, convert, save, monkeypatch, kind
+):
+    monkeypatch.setattr(comfy_host.comfy.model_management, "get_torch_device", lambda: torch.device(kind))
+    assert convert.ChosenDevice("default").device == torch.device("cpu")
+    assert save("int8", device="default").is_file()
+
+
 def test_lists_files_and_where_they_go(convert, save, folders):
     one = save("int8", "sub/both", unconditional="t_unconditional.safetensors", branches="one file for both")
     two = save("gguf", "two", unconditional="t_unconditional.safetensors", policy="q4_k")
