@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import pathlib
 import runpy
 import sys
@@ -21,6 +22,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # As stderr does: a name that the terminal cannot show is no failure.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     if importlib.util.find_spec("torch") is None:
         sys.stderr.write(f"{sys.executable} has no torch. Run this by the Python that runs ComfyUI.\n")

@@ -20,8 +20,8 @@ def sqnr_db(signal_energy: float, noise_energy: float) -> float:
 
 
 def energy(x: torch.Tensor) -> float:
-    """The sum of squares."""
-    return float(x.square().sum())
+    """The sum of squares, in float64: squares of float32 may be larger than the largest of it, or zero."""
+    return float(x.double().square().sum())
 
 
 def sqnr_of(expected: torch.Tensor, actual: torch.Tensor) -> float:

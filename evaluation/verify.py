@@ -18,7 +18,7 @@ from ..convert.source import floats_of
 from ..formats import Int8Weight, QuantizedWeight
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from .folded import folded_smoothing
-from .metrics import EXACT_DB, energy, sqnr_db
+from .metrics import EXACT_DB, sqnr_db
 from .pairs import Files, Pair, open_pairs
 
 # SQNR in dB below which a weight does not look like a quantization of its source, by the beginning of its format's
@@ -44,6 +44,14 @@ QUANTIZED = ("int8", "fp8", "gguf")
 FOREIGN_SHARE, FOREIGN_COUNT = 0.9, 4
 ALL_ZERO = "all zero"
 
+# Damage in a few rows hardly shows in a tensor's SQNR. A row is broken if its error has at least half of its own energy
+# in the source: zeros give all of it, other numbers twice that, rounding at most a fifth where a row is worth storing.
+# Rows much smaller than the others legitimately round to zeros where all share a scale. Hence the error also has to be
+# larger than what the tensor's floor allows a usual row, than a usual row's error several times (rounding to zeros
+# costs at most three times what rounding to many steps does), and, where hardly a row is larger than one step of a
+# shared INT8 scale, than a step for each value. Q2_K misses sparse rows by more than they hold: only zeros are damage.
+BROKEN_SHARE, BROKEN_TIMES = 0.5, 4.0
+
 Advance = Callable[[int], None]
 
 
@@ -51,13 +59,14 @@ Advance = Callable[[int], None]
 class TensorCheck:
     """One tensor of a branch. format: as it is stored now. sqnr_db: None where nothing could be compared.
 
-    problems: phrases for people, empty for a sound tensor.
+    problems: phrases for people, empty for a sound tensor. below_floor: whether the SQNR is one of them.
     """
 
     name: str
     format: str
     sqnr_db: float | None
     problems: tuple[str, ...] = ()
+    below_floor: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +137,7 @@ def _foreign(matrices: list[TensorCheck]) -> list[TensorCheck]:
     """Those of another model's, see `BranchCheck`. Norms do not count: they are alike in all models."""
     compared = [check for check in matrices if check.sqnr_db is not None]
     compared = [check for check in compared if check.format.startswith(QUANTIZED)] or compared
-    off = [check for check in compared if check.problems and ALL_ZERO not in check.problems]
+    off = [check for check in compared if check.below_floor]
     return off if len(off) >= max(FOREIGN_COUNT, FOREIGN_SHARE * len(compared)) else []
 
 
@@ -145,6 +154,8 @@ def check_tensor(
 ) -> TensorCheck:
     """factors: what the expected values were multiplied by before they were quantized."""
     name, shape = format_name(actual), tuple(expected.shape)
+    if shape == () and tuple(actual.shape) == (1,):  # GGUF has no tensors of no dimensions
+        return check_tensor(key, actual, expected.reshape(1), factors, device)
     if tuple(actual.shape) != shape:
         return TensorCheck(key, name, None, (f"shape {list(actual.shape)}, in the source {list(shape)}",))
     if not math.prod(shape):
@@ -154,19 +165,25 @@ def check_tensor(
         return TensorCheck(key, name, EXACT_DB if same else None, () if same else ("other numbers than the source",))
     smooth = actual.smooth.to(device) if isinstance(actual, Int8Weight) and actual.smooth is not None else None
 
-    def compare(rows: slice) -> tuple[float, float, float]:
-        """The largest value, infinite if any is no finite number, and the energies of signal and noise."""
-        values, reference = floats_of(actual, rows, device), floats_of(expected, rows, device)
+    # A norm or bias that is stored as floats keeps every single value.
+    by_element = len(shape) == 1 and all(
+        isinstance(weight, torch.Tensor) and weight.dtype in _DTYPE_NAMES for weight in (actual, expected)
+    )
+
+    def compare(rows: slice) -> torch.Tensor:
+        """By row the energies of the source and of the error, and the largest magnitude of the values, float64
+        [3, rows]: squares of float32 may overflow."""
+        values, reference = (floats_of(weight, rows, device).double() for weight in (actual, expected))
         if factors is not None:
             reference = factors.apply(reference, rows)
         if smooth is not None:
             values, reference = values / smooth, reference / smooth
-        largest = float(values.abs().max()) if bool(torch.isfinite(values).all()) else math.inf
-        return largest, energy(reference), energy(values - reference)
+        dim = 0 if by_element else 1
+        energies = (x.square().sum(dim=dim) for x in (reference, values - reference))
+        return torch.stack([*energies, values.abs().amax(dim=dim)]).cpu()
 
-    largest = signal = noise = 0.0
-    for _, (piece_largest, piece_signal, piece_noise) in in_pieces(compare, shape, device):
-        largest, signal, noise = max(largest, piece_largest), signal + piece_signal, noise + piece_noise
+    signals, noises, sizes = torch.cat([piece for _, piece in in_pieces(compare, shape, device)], dim=1)
+    signal, noise, largest = float(signals.sum()), float(noises.sum()), float(sizes.max())  # NaN if any value is
     if not math.isfinite(largest):
         return TensorCheck(key, name, None, ("NaN or infinity",))
     if not math.isfinite(signal):
@@ -176,8 +193,33 @@ def check_tensor(
         return TensorCheck(key, name, found_db, (ALL_ZERO,))
     # A quantized source is no nearer to the original than its own format allows.
     floor = min(floor_db(name), floor_db(format_name(expected)))
-    problems = (f"{found_db:.1f} dB, expected at least {floor:.0f} for {name}",) if found_db < floor else ()
-    return TensorCheck(key, name, found_db, problems)
+    problems = [f"{found_db:.1f} dB, expected at least {floor:.0f} for {name}"] if found_db < floor else []
+    smallest = max(_step(weight) for weight in (actual, expected)) ** 2 * (shape[-1] if shape else 1)
+    broken = _broken_rows(signals, noises, floor, smallest)
+    zeros = int((broken & (sizes == 0)).sum())
+    others = int((broken & (sizes > 0)).sum()) if floor > FLOORS_DB["gguf_q2"] else 0
+    rows = f"of {len(broken)} {'elements' if by_element else 'rows'}"
+    if zeros:
+        problems.append(f"{zeros} {rows} {'is zero' if zeros == 1 else 'are zeros'}")
+    if others:
+        problems.append(f"{others} {rows} {'holds' if others == 1 else 'hold'} other values")
+    return TensorCheck(key, name, found_db, tuple(problems), below_floor=found_db < floor)
+
+
+def _broken_rows(signals: torch.Tensor, noises: torch.Tensor, floor: float, smallest: float) -> torch.Tensor:
+    """Which rows are damaged, bool [rows], by the energies of source and error [rows]: see BROKEN_SHARE.
+
+    smallest: an error up to this is none.
+    """
+    smallest = max(smallest, BROKEN_TIMES * float(noises.median()))
+    if bool((signals > 0).any()):
+        smallest = max(smallest, float(signals[signals > 0].median()) * 10 ** (-floor / 10))
+    return (noises >= BROKEN_SHARE * signals) & (noises > smallest)
+
+
+def _step(weight: torch.Tensor | QuantizedWeight) -> float:
+    """Between neighbouring values of an INT8 weight of which all rows share a scale; 0 for others."""
+    return float(weight.scale) if isinstance(weight, Int8Weight) and not weight.per_channel else 0.0
 
 
 def floor_db(format: str) -> float:

@@ -1,6 +1,7 @@
 """`python evaluation`, as people run it: texts, files and how it ends."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 
-def run(*arguments, cwd) -> subprocess.CompletedProcess:
+def run(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "evaluation"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | environment)
 
 
 @pytest.fixture
@@ -55,6 +56,14 @@ def test_verify_ends_with_1_for_what_looks_broken_and_with_2_for_what_cannot_be_
     missing = run("verify", files[0], tmp_path / "gone.safetensors", cwd=tmp_path)
     assert missing.returncode == 2 and not missing.stdout
     assert missing.stderr.startswith("gone.safetensors: found no such file, expected a readable file.")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_failure(files, tmp_path):
+    named = tmp_path / "\u6a21\u578b.safetensors"
+    os.rename(files[0], named)
+    done = run("verify", named, files[1], cwd=tmp_path, PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0 and "charmap" not in done.stderr
+    assert r"\u6a21\u578b.safetensors against source.safetensors" in done.stdout
 
 
 def test_a_device_that_is_none_is_refused(files, tmp_path):

@@ -1,23 +1,30 @@
 """Sound files of every layout pass, damaged ones are named, and both against their source in all arrangements."""
 
+import math
 import re
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from host_harness import quantized_models as quantized
 from host_harness import small_models as small
 from lowbit.evaluation import verify_report
+from lowbit.evaluation.__main__ import ROOT
+from lowbit.evaluation.folded import folded_smoothing
 from lowbit.evaluation.metrics import EXACT_DB
 from lowbit.evaluation.pairs import Files
 from lowbit.evaluation.picture import draw
-from lowbit.evaluation.verify import FLOORS_DB, verify
+from lowbit.evaluation.verify import FLOORS_DB, check_tensor, verify
+from lowbit.formats import Fp8Weight, ggml, int8
 from lowbit.loaders import CheckpointError
 from lowbit.tests.convert import making
 from safetensors.torch import load_file, save_file
 
 BRANCHES = making.BRANCHES
 FLOATS = {branch: small.ideogram4(branch) for branch in BRANCHES}
-W2 = "layers.1.feed_forward.w2.weight"
+W2, QKV = "layers.1.feed_forward.w2.weight", "layers.0.attention.qkv.weight"
+GOLDEN = np.load(ROOT / "tests" / "golden" / "ggml_blocks.npz")
 
 
 @pytest.fixture(scope="module")
@@ -141,16 +148,260 @@ def test_smoothing_folded_into_weights_is_found_again(tmp_path, rotate):
     assert "Smoothing is folded into 14 weights" in verify_report.text([check])
 
 
-def test_smoothing_that_its_reader_does_not_know_of_is_broken(tmp_path):
-    """Norms divided as smoothing does, without the columns that make up for it."""
+NORM, W1, W3 = "layers.0.ffn_norm1.weight", "layers.0.feed_forward.w1.weight", "layers.0.feed_forward.w3.weight"
+# What looks like smoothing and is none: whose readers know nothing of it. And the other way round.
+NO_SMOOTHING = {
+    "one element 64 times": (NORM, lambda t: t[NORM][5].mul_(64)),
+    "one element 256 times": (NORM, lambda t: t[NORM][5].mul_(256)),
+    "one element 1024 times": (NORM, lambda t: t[NORM][5].mul_(1024)),
+    "one element by 256": (NORM, lambda t: t[NORM][5].div_(256)),
+    "every other element by 4": (NORM, lambda t: t[NORM][::2].div_(4)),
+    "all elements twice": (NORM, lambda t: t[NORM].mul_(2)),
+    "one row 32 times": (W3, lambda t: t[f"{W3}_scale"][7].mul_(32)),
+    "one row of V by 16": (QKV, lambda t: t[f"{QKV}_scale"][515].div_(16)),
+    "all rows by 2": (W3, lambda t: t[f"{W3}_scale"].div_(2)),
+    "all columns by 2": (W1, lambda t: t[f"{W1}_scale"].div_(2)),
+}
+
+
+@pytest.mark.parametrize("smooth", [False, True], ids=["plain", "smoothed"])
+@pytest.mark.parametrize("damage", NO_SMOOTHING)
+def test_damage_that_looks_like_smoothing_is_named_where_it_is(tmp_path, damage, smooth):
     source = making.fp8(tmp_path)
-    making.to_int8(source, tmp_path / "out.safetensors")
-    stored = load_file(tmp_path / "out.safetensors")
-    stored["layers.0.ffn_norm1.weight"][::2] /= 4
-    save_file(stored, tmp_path / "wrong.safetensors", {"format": "pt"})
-    (check,) = verify(Files(str(tmp_path / "wrong.safetensors"), str(source)))
-    broken = {t.name.removeprefix("layers.0.feed_forward.") for t in check.broken}
-    assert {"w1.weight", "w3.weight"} <= broken <= {"w1.weight", "w2.weight", "w3.weight"}
+    records = (str(making.spiky_record(tmp_path / "record.safetensors")),) if smooth else ()
+    making.to_int8(source, tmp_path / "out.safetensors", records=records)
+    stored, (name, change) = load_file(tmp_path / "out.safetensors"), NO_SMOOTHING[damage]
+    change(stored)
+    save_file(stored, tmp_path / "damaged.safetensors", {"format": "pt"})
+    (check,) = verify(Files(str(tmp_path / "damaged.safetensors"), str(source)))
+    assert [t.name for t in check.broken] == [name]
+    assert check.smoothed == (14 if smooth else 0)
+
+
+def test_damage_that_looks_like_smoothing_in_a_gguf_file(tmp_path, sources):
+    floats = dict(FLOATS["conditional"])
+    floats[NORM] = floats[NORM].clone()
+    floats[NORM][5] *= 256
+    path = small.write_gguf(tmp_path / "damaged.gguf", floats, linear="Q4_K", norms="F32")
+    (check,) = verify(Files(str(path), str(sources["conditional"])))
+    assert [t.name for t in check.broken] == [NORM] and not check.smoothed
+
+
+def test_smoothing_counts_where_rounding_leaves_little_of_the_columns(tmp_path):
+    """Columns of tiny values, of which a quantized reader keeps nothing or a few steps, contradict nothing."""
+    floats, generator = dict(FLOATS["conditional"]), torch.Generator().manual_seed(0)
+    for name in making.BLOCK_LINEARS:
+        w = floats[f"{name}.weight"]
+        sizes = torch.exp(2 * torch.randn(w.shape[1], generator=generator))
+        sizes[::17], sizes[3::17] = 1e-4, 0
+        floats[f"{name}.weight"] = w * sizes
+    source = small.save(tmp_path / "source.safetensors", floats)
+    record = making.spiky_record(tmp_path / "record.safetensors", spread=3.0)
+    making.to_int8(source, tmp_path / "out.safetensors", alpha=0.8, records=(str(record),))
+    (check,) = verify(Files(str(tmp_path / "out.safetensors"), str(source)))
+    assert not check.broken and check.smoothed == 14
+
+
+# Rows of a tensor: damage that its SQNR hides
+
+QKV_ROWS, QKV_ROW_BYTES = 768, 144  # in Q4_K: a block of 256 values a row
+
+
+def gguf_with_damaged_rows(path, change):
+    """A Q4_K file after `change` of the bytes of qkv, [768, 144]."""
+    gguf_file(path, "Q4_K")
+    path = path.with_suffix(".gguf")
+    (tensor,) = (t for t in gguf.GGUFReader(path).tensors if t.name == QKV)
+    stored = bytearray(path.read_bytes())
+    size = QKV_ROWS * QKV_ROW_BYTES
+    rows = torch.frombuffer(stored, dtype=torch.uint8, offset=tensor.data_offset, count=size)
+    change(rows.view(QKV_ROWS, QKV_ROW_BYTES))
+    path.write_bytes(stored)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda rows: rows[:34].zero_(), "34 of 768 rows are zeros"),
+        (lambda rows: rows[7].zero_(), "1 of 768 rows is zero"),
+        (lambda rows: rows[:15].copy_(rows[347:362].clone()), "15 of 768 rows hold other values"),
+        (lambda rows: rows[7].copy_(rows[8].clone()), "1 of 768 rows holds other values"),
+    ],
+    ids=["hole", "row of zeros", "other blocks", "another block"],
+)
+def test_a_few_damaged_rows_are_counted(tmp_path, sources, change, problem):
+    path = gguf_with_damaged_rows(tmp_path / "file", change)
+    (check,) = verify(Files(str(path), str(sources["conditional"])))
+    (tensor,) = check.broken
+    assert tensor.name == QKV and tensor.problems == (problem,) and tensor.sqnr_db > FLOORS_DB["gguf_q4"]
+    text = verify_report.text([check])
+    assert text.startswith("LOOKS BROKEN: 1 of ") and f"<- {problem}" in text
+
+
+def test_rows_and_the_whole_are_both_told(tmp_path, sources):
+    def change(stored):
+        stored[W2][:50] = 0
+        stored[f"{W2}_scale"][200] *= 32
+
+    check = damaged(tmp_path / "a", sources, change)
+    (tensor,) = check.broken
+    assert re.match(r"-?\d+\.\d dB, expected at least 24 for int8", tensor.problems[0])
+    assert tensor.problems[1:] == ("50 of 256 rows are zeros", "1 of 256 rows holds other values")
+
+
+def test_holes_in_every_weight_are_damage_of_this_file(tmp_path, sources):
+    def change(stored):
+        for name in making.BLOCK_LINEARS:
+            stored[f"{name}.weight"][3] = 0
+
+    check = damaged(tmp_path / "a", sources, change)
+    assert len(check.broken) == len(making.BLOCK_LINEARS) and not check.foreign
+    assert all(f"1 of {FLOATS['conditional'][t.name].shape[0]} rows is zero" in t.problems for t in check.broken)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_number_of_no_dimensions(shape):
+    """A GGUF file has it as [1]."""
+    assert check_tensor("scalar", torch.full(shape, 1.5), torch.tensor(1.5)).problems == ()
+    assert check_tensor("scalar", torch.full(shape, 9.0), torch.tensor(1.5)).problems != ()
+
+
+def test_an_element_of_a_large_norm():
+    """Of so many elements a lone one hardly shows in the SQNR."""
+    norm = 1 + 0.1 * torch.randn(4608, generator=torch.Generator().manual_seed(0))
+    stored = norm.to(torch.bfloat16)
+    assert not check_tensor("norm.weight", stored, norm).problems
+    stored[5] /= 256
+    assert check_tensor("norm.weight", stored, norm).problems == ("1 of 4608 elements holds other values",)
+    stored[5] = 0
+    assert check_tensor("norm.weight", stored, norm).problems == ("1 of 4608 elements is zero",)
+
+
+def hard_weights() -> dict[str, torch.Tensor]:
+    """Weights [384, 1024] whose rows, columns or elements differ by orders of magnitude."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    w, rows = 0.03 * normal(384, 1024), torch.arange(384).unsqueeze(1)
+    spike, spike_and_rows = w.clone(), w * torch.exp(normal(384, 1))
+    spike[100, 3] = spike_and_rows[100, 3] = -300
+    columns = w * torch.exp(normal(384, 1))
+    columns[:, 7] = 5
+    return {
+        "normal": w,
+        "cauchy": w / normal(384, 1024).abs(),
+        "rows": w * torch.exp(2 * normal(384, 1)),
+        "rows_and_columns": w * torch.exp(2 * normal(384, 1)) * torch.exp(2 * normal(1, 1024)),
+        "few_loud_rows": spike_and_rows.where(rows % 50 != 7, 30 * w),
+        "tiny_rows": w.where(rows % 10 > 0, 1e-5 * w),
+        "mostly_tiny_rows": w.where(rows % 10 == 0, 1e-4 * w),
+        "zero_rows": w.where(rows % 3 > 0, 0),
+        "spike": spike,
+        "spike_and_rows": spike_and_rows,
+        "column": columns,
+        "sparse": w.where(torch.rand(384, 1024, generator=generator) < 0.03, 0),
+        "almost_nothing": 1e-5 * w,
+    }
+
+
+SMOOTH = torch.exp2((2 * torch.randn(1024, generator=torch.Generator().manual_seed(1))).round())
+
+
+def fp8(w, dtype, per_channel):
+    absmax = w.abs().amax(dim=1, keepdim=True) if per_channel else w.abs().max()
+    scale = (absmax / torch.finfo(dtype).max).clamp(min=1e-12)
+    return Fp8Weight(data=(w / scale).to(dtype), shape=tuple(w.shape), scale=scale)
+
+
+QUANTIZERS = {
+    **{
+        f"int8_{scale}_{group}_{kind}": lambda w, per_channel=scale == "channel", group=group, smooth=smooth: (
+            int8.quantize_weight(w, per_channel, smooth, group)
+        )
+        for scale in ("channel", "tensor")
+        for group in (0, 256)
+        for kind, smooth in (("plain", None), ("smooth", SMOOTH))
+    },
+    **{
+        f"fp8_{dtype}_{per_channel}": lambda w, dtype=dtype, per_channel=per_channel: fp8(w, dtype, per_channel)
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        for per_channel in (False, True)
+    },
+    **{
+        name: lambda w, name=name: ggml.GgmlWeight(ggml.quantize(w, name), tuple(w.shape), name)
+        for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K")
+    },
+    "fp16": lambda w: w.half(),
+    "bf16": lambda w: w.bfloat16(),
+}
+
+
+def row_problems(actual, expected) -> list[str]:
+    return [problem for problem in check_tensor("w", actual, expected).problems if "rows" in problem]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_no_row_of_a_sound_weight_is_broken(quantizer):
+    """Small rows round to zeros where they share a scale with large ones, which is no damage."""
+    for name, w in hard_weights().items():
+        assert not row_problems(QUANTIZERS[quantizer](w), w), name
+
+
+@pytest.mark.parametrize("ggml_type", sorted({key.split("_bytes")[0] for key in GOLDEN if key.endswith("_bytes")}))
+def test_rows_of_every_block_type(ggml_type):
+    """As ggml makes them of hard rows: sound; with blocks of zeros or of other rows: broken."""
+    source, stored = torch.from_numpy(GOLDEN["src"]), torch.from_numpy(GOLDEN[f"{ggml_type}_bytes"])
+
+    def problems(stored):
+        return row_problems(ggml.GgmlWeight(stored, tuple(source.shape), ggml_type), source)
+
+    assert not problems(stored)
+    hole, others = stored.clone(), stored.clone()
+    hole[60:63], others[60:63] = 0, stored[70:73]
+    assert problems(hole) == ["3 of 96 rows are zeros"]
+    # Q2_K misses some sparse rows by more than they hold, which looks the same.
+    assert problems(others) == ([] if ggml_type == "Q2_K" else ["3 of 96 rows hold other values"])
+
+
+# Numbers whose squares float32 does not hold
+
+
+@pytest.mark.parametrize("size", [3e38, 1e30, 1e-30], ids=str)
+def test_squares_of_large_and_tiny_weights(size):
+    w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * size
+    assert check_tensor("w", w.clone(), w).sqnr_db == EXACT_DB
+    assert not check_tensor("w", w.bfloat16(), w).problems
+    wrong = check_tensor("w", -w, w)
+    assert wrong.sqnr_db == pytest.approx(-20 * math.log10(2)) and wrong.problems[0].startswith("-6.0 dB, expected")
+    assert check_tensor("w", torch.zeros_like(w), w).problems == ("all zero",)
+
+
+def test_a_large_weight_of_the_source_is_no_infinity(tmp_path):
+    floats = dict(FLOATS["conditional"])
+    floats[W2] = floats[W2].clone()
+    floats[W2][0, 0] = 3e38
+    source = small.save(tmp_path / "source.safetensors", floats)
+    (check,) = verify(Files(str(int8_file(tmp_path / "a")), str(source)))
+    assert [t.problems for t in check.broken] == [
+        ("0.0 dB, expected at least 24 for int8", "1 of 256 rows holds other values")
+    ]
+
+
+def test_smoothing_is_found_where_squares_overflow():
+    """In units of 1e25: a source that is smoothed, whose readers agree."""
+    names = ("attention_norm1", "ffn_norm1", "attention.qkv", "attention.o")
+    names += tuple(f"feed_forward.{name}" for name in ("w1", "w2", "w3"))
+    source = {f"layers.0.{name}.weight": FLOATS["conditional"][f"layers.0.{name}.weight"].clone() for name in names}
+    factors = torch.exp2(torch.randint(-2, 3, (512,), generator=torch.Generator().manual_seed(0)))
+    source[W3] *= 1e25
+    quantized = dict(source)
+    quantized[W3] = source[W3] / factors.unsqueeze(1)
+    quantized["layers.0.feed_forward.w2.weight"] = source["layers.0.feed_forward.w2.weight"] * factors
+    found = folded_smoothing(quantized, source)
+    assert torch.equal(found[W3].rows, 1 / factors) and len(found) == 2
 
 
 # Arrangements of branches and files
