@@ -193,15 +193,20 @@ COLORS = {"stock": "#b0b0b0", "torch": "#e08e2b", "lowbit": "#1f5f9f"}
 
 def fullest_runs(csv_path: pathlib.Path) -> dict[int, dict[str, float]]:
     """Seconds per step by size and variant: for each size the run of the most variants that had all of the device's
-    memory, the newest of several. Without LoRAs and extras: what they add is measured in turn, see `beside_base`."""
+    memory; of several that with the most stock ones to compare with, then the newest. Without LoRAs and extras: what
+    they add is measured in turn, see `beside_base`."""
     runs: dict[tuple[int, str], dict[str, float]] = collections.defaultdict(dict)
     with csv_path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if not row["free_vram_gb"] and without_loras(without_extra(row["variant"])) == row["variant"]:
                 runs[int(row["size"]), row["date"]][row["variant"]] = float(row["step_s"])
-    chosen = {}
+
+    def worth(steps: dict[str, float]) -> tuple[int, int]:
+        return len(steps), sum(name.startswith("stock") for name in steps)
+
+    chosen: dict[int, dict[str, float]] = {}
     for (size, _), steps in sorted(runs.items()):
-        if len(steps) >= len(chosen.get(size, ())):
+        if worth(steps) >= worth(chosen.get(size, {})):
             chosen[size] = steps
     return chosen
 

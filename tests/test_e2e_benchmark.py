@@ -268,6 +268,8 @@ def test_the_picture_shows_the_fullest_run_of_each_size_with_all_memory(tmp_path
     append("2026-01-01 11:00:00", size=2048, step_s=0.9)
     append("2026-01-02 11:00:00", size=2048, step_s=0.8)  # the newer of two with as many variants
     append("2026-01-02 12:00:00", step_s=0.6)  # newer, with fewer
+    append("2026-01-02 13:00:00", step_s=0.1)  # newer, with as many, of which none is stock
+    append("2026-01-02 13:00:00", variant="lowbit_q4_k", step_s=0.1)
     append("2026-01-02 12:00:00", variant="lowbit_int8_lora", step_s=0.6)
     append("2026-01-03 10:00:00", step_s=0.7, free_vram_gb=24.0, error=None)
     assert e2e_table.fullest_runs(path) == {1024: {"lowbit_int8": 0.3, "stock_bf16": 0.4}, 2048: {"lowbit_int8": 0.8}}

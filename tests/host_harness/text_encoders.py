@@ -67,8 +67,8 @@ def write_llama_cpp(
     """Writes a text encoder under the host's names as a GGUF file; returns the path.
 
     linear, table: the types of the linear layers and of the vocabulary; vectors and the position biases of T5 are F32.
-    heads: of q and of k, by which architecture `llama` permutes. metadata: numbers, strings and lists to add, under full keys.
-    A value may be a numpy array of uint8: bytes packed already.
+    heads: of q and of k, by which architecture `llama` permutes. metadata: numbers, strings and lists to add, under
+    full keys. A value may be a numpy array of uint8: bytes packed already.
     """
     import gguf
     import numpy as np
