@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import comfy.memory_management
 import folder_paths
@@ -67,11 +69,12 @@ def check_still_the_same(states: Iterable[FileState]) -> None:
 
 class HostFile(MappedFile):
     """A mapped file whose tensors also say where in the file they lie: dynamic VRAM reads those bytes straight to the
-    GPU."""
+    GPU, after on_read(path, offset, size_bytes)."""
 
-    def __init__(self, path):
+    def __init__(self, path, on_read: Callable[[str, int, int], None] | None = None):
         self._lock = threading.Lock()
         self._file = None
+        self._on_read = on_read
         super().__init__(path)
 
     def _opened(self, file_number):
@@ -81,7 +84,10 @@ class HostFile(MappedFile):
     def tensor(self, offset, size_bytes, dtype, shape):
         tensor = super().tensor(offset, size_bytes, dtype, shape)
         if self._file is not None and size_bytes:
-            place = comfy.memory_management.TensorFileSlice(self._file, self._lock, offset, size_bytes)
+            file = self._file
+            if self._on_read is not None:
+                file = _WatchedFile(file, functools.partial(self._on_read, self.path, offset, size_bytes))
+            place = comfy.memory_management.TensorFileSlice(file, self._lock, offset, size_bytes)
             tensor.untyped_storage()._comfy_tensor_file_slice = place
         return tensor
 
@@ -89,6 +95,22 @@ class HostFile(MappedFile):
         super().close()
         if self._file is not None:
             self._file.close()
+
+
+class _WatchedFile:
+    """An open file as the host reads one tensor from it: it asks for the file's number, or seeks, each time."""
+
+    def __init__(self, file: io.FileIO, on_read: Callable[[], None]):
+        self._file, self._on_read = file, on_read
+        self.readinto = file.readinto
+
+    def fileno(self) -> int:
+        self._on_read()
+        return self._file.fileno()
+
+    def seek(self, offset: int) -> int:
+        self._on_read()
+        return self._file.seek(offset)
 
 
 def register_gguf_folder() -> None:

@@ -28,7 +28,7 @@ from .embedding import LowbitEmbedding
 from .files import HostFile, check_still_the_same, errors_for_the_page
 from .ops import LoadSettings, LowbitLinear, make_operations
 from .patcher import adopt
-from .read_ahead import read_ahead
+from .read_ahead import ReadAhead
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +78,16 @@ def _load_pair(request: LoadRequest, unconditional: str, unconditional_base_path
         branch=UNCONDITIONAL,
         base_path=unconditional_base_path,
     )
-    read_ahead(request.path, *(() if unconditional in (SAME_FILE, NONE) else (unconditional,)))
-    checkpoint = open_branches(request.path, HostFile)
+    ahead = ReadAhead(request.path, *(() if unconditional in (SAME_FILE, NONE) else (unconditional,))).start()
+    open_file = functools.partial(HostFile, on_read=ahead.leave_out)
+    checkpoint = open_branches(request.path, open_file)
     negative_checkpoint = None
     if unconditional == SAME_FILE:
         if checkpoint.unconditional_source():
             negative_checkpoint = checkpoint
     elif unconditional != NONE:
         _warn_about_names(request.path, unconditional)
-        negative_checkpoint = open_branches(unconditional, HostFile)
+        negative_checkpoint = open_branches(unconditional, open_file)
     branch = checkpoint.load(request.branch, request.base_path)
     if negative_checkpoint is None:
         model = _build(request, branch)
