@@ -71,7 +71,8 @@ def plan_gguf(part: Part, policy: GgufPolicy, device: torch.device | str = "cpu"
 def check_policy(parts: Sequence[Part], policy: GgufPolicy) -> None:
     """Raises ValueError for a rule that has no effect on any branch; one of them may lack modules, those for text."""
     weights = {key: weight for part in parts for key, weight in part.branch.weights.items()}
-    policy.check_patterns({key: weight for key, weight in weights.items() if is_float(weight)})
+    protected = frozenset.intersection(*(frozenset(part.protected) for part in parts))
+    policy.check_patterns({key: weight for key, weight in weights.items() if is_float(weight)}, protected)
 
 
 def stand_in(plan: TensorPlan) -> str | None:

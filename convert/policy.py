@@ -17,12 +17,12 @@ import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from ..formats import UnknownQuantizationError
 from ..formats.ggml import TYPES, type_from_name
 from ..loaders.errors import quoted
-from ..loaders.policy import is_part, quantizes
+from ..loaders.policy import fits, quantizes
 from .record import FragileLayer
 
 WRITABLE = tuple(name for name, ggml_type in TYPES.items() if ggml_type.can_quantize)
@@ -46,10 +46,10 @@ class GgufPolicy:
         pattern = self._pattern(key, weight)
         return self.layers[pattern] if pattern is not None else self.default if quantize else None
 
-    def check_patterns(self, weights: Mapping[str, object]) -> None:
+    def check_patterns(self, weights: Mapping[str, object], protected: Set[str] = frozenset()) -> None:
         """Raises ValueError for a pattern that decides about none of a model's tensors of floats: it would be ignored
-        without a word. weights: of all branches."""
-        deciding = {self._pattern(key, weight) for key, weight in weights.items()}
+        without a word. weights: of all branches. protected: modules that no pattern decides about."""
+        deciding = {self._pattern(key, weight) for key, weight in weights.items() if module_of(key) not in protected}
         for pattern in (each for each in self.layers if each not in deciding):
             fitting = [key for key in weights if fnmatch.fnmatchcase(module_of(key), pattern)]
             if not fitting:
@@ -64,6 +64,9 @@ class GgufPolicy:
                     f"{module_of(fitting[0])}, of shape {list(weights[fitting[0]].shape)}. Norms, biases and other "
                     f"tensors that are no matrices are stored as {', '.join(PLAIN)}."
                 )
+            if all(module_of(key) in protected for key in counting):
+                raise ValueError(f"policy: {pattern!r} has no effect, because all that it fits is protected.")
+            counting = [key for key in counting if module_of(key) not in protected]
             earlier = self._pattern(counting[0], weights[counting[0]])
             raise ValueError(
                 f"policy: {pattern!r} has no effect, because patterns before it fit all that it fits: "
@@ -141,15 +144,12 @@ def protected_layers(
 ) -> set[str]:
     """Those of the linear layers `names` that stay unquantized.
 
-    wanted: names, parts of names (whole components between dots) or patterns with `*`, `?` and `[]`; each has to fit a
-    layer. report: its first `count` layers that are among `names` stay too. Raises ValueError.
+    wanted: entries for `loaders.policy.fits`; each has to fit a layer. report: its first `count` layers that are among
+    `names` stay too. Raises ValueError.
     """
     protected = set()
     for entry in wanted:
-        if any(character in entry for character in "*?["):
-            found = {name for name in names if fnmatch.fnmatchcase(name, entry)}
-        else:
-            found = {name for name in names if is_part(entry, name)}
+        found = {name for name in names if fits(entry, name)}
         if not found:
             raise ValueError(
                 f"protected layers: {entry!r} fits no layer of {os.path.basename(path)} that would be quantized. Names "

@@ -25,7 +25,7 @@ def keep_on_device(patcher: ModelPatcher) -> None:
 def _sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
     # These dictionaries are the guider's own, made for this sampling. DualModelGuider keeps those of its second model
     # apart, and the negative ones of the first serve nobody.
-    conds = dict(guider.conds)
+    conds, before = dict(guider.conds), []
     if getattr(guider, "_uncond_conds", None) is not None:
         conds["negative"] = guider._uncond_conds
     for name, conditioning in conds.items():
@@ -33,8 +33,14 @@ def _sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwar
         if name == "negative":
             device = other_device(guider, device, extra_args.get("model_options", {})) or device
         for cond in conditioning:
-            cond["model_conds"] = {key: _moved(value, device) for key, value in cond.get("model_conds", {}).items()}
-    return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+            model_conds = cond.get("model_conds", {})
+            before.append((cond, model_conds))
+            cond["model_conds"] = {key: _moved(value, device) for key, value in model_conds.items()}
+    try:
+        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+    finally:
+        for cond, model_conds in before:  # a guider may outlive its sampling, in the host's cache of nodes
+            cond["model_conds"] = model_conds
 
 
 def _moved(value, device: torch.device):

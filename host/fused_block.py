@@ -42,7 +42,7 @@ REPLACED = (
 )
 _KEY = "lowbit_fused_block"
 FORWARD, GATING = "forward", "feed_forward._forward_silu_gating"  # of a block
-_watched: weakref.WeakSet = weakref.WeakSet()  # models whose blocks are let go with them
+_watched: weakref.WeakSet = weakref.WeakSet()  # models whose modules are let go with them
 KNOWN_FINGERPRINT = "d4a7aca6eef982b3"
 
 
@@ -56,16 +56,16 @@ def fuse_blocks(patcher: ModelPatcher) -> None:
             patcher.add_object_patch(f"{name}.{attribute}", function)
     if patcher.model not in _watched:
         _watched.add(patcher.model)
-        weakref.finalize(patcher.model, _let_go, [block for _, block in fused]).atexit = False
+        weakref.finalize(patcher.model, _let_go, list(patcher.model.diffusion_model.modules())).atexit = False
 
 
-def _let_go(blocks: list[torch.nn.Module]) -> None:
-    """Free the blocks of a model that is gone. A patched module refers to itself, as does one whose patch the host has
-    taken back: until Python looks for cycles, such a model's file would stay open and its weights in memory."""
-    for block in blocks:
-        for attribute in (FORWARD, GATING):
-            module_name, _, function_name = attribute.rpartition(".")
-            block.get_submodule(module_name).__dict__.pop(function_name, None)
+def _let_go(modules: list[torch.nn.Module]) -> None:
+    """Free the modules of a model that is gone. A patched module refers to itself, as does one whose patch the host has
+    taken back (ours, or a bypass LoRA's): until Python looks for cycles, such a model's file would stay open and its
+    weights in memory."""
+    for module in modules:
+        for function_name in (FORWARD, GATING.rpartition(".")[2]):
+            module.__dict__.pop(function_name, None)
 
 
 def _follow(source: ModelPatcher, clone: ModelPatcher) -> None:

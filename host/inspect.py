@@ -14,6 +14,7 @@ from ..formats import GgmlWeight, Int8Weight
 from ..kernels import int8_linear, quantize_per_token, unpack, unpack_int8, unpack_to_int8
 from ..kernels.dispatch import Op
 from ..kernels.quantized_linear import SMALL_M, row_rotation_group
+from ..loaders.policy import quantizes
 from . import fused_block, layouts
 from .lora import side_path
 from .ops import LowbitLinear
@@ -95,12 +96,17 @@ def _format_table(rows: dict[str, _Row]) -> list[str]:
 
 
 def _protected_text(linears: dict[str, LowbitLinear], quantized: dict) -> list[str]:
-    """Linear layers left unquantized although others of the same name in other blocks are quantized, or none are."""
+    """Linear layers left unquantized although others of the same name in other blocks are quantized, or would be."""
     if not quantized:
         return ["No layers quantized by Lowbit."]
     kinds = {_kind(name) for name in quantized}
-    protected = [name for name in linears if name not in quantized and _kind(name) in kinds]
-    others = [name for name in linears if name not in quantized and _kind(name) not in kinds]
+    unquantized = {name: module for name, module in linears.items() if name not in quantized}
+    protected = [
+        name
+        for name, module in unquantized.items()
+        if _kind(name) in kinds or quantizes(name, module.out_features, module.in_features)
+    ]
+    others = [name for name in unquantized if name not in protected]
     lines = [f"Protected layers ({len(protected)}): {', '.join(protected) or 'none'}"]
     if others:
         lines.append(

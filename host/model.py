@@ -22,7 +22,7 @@ from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
 from ..loaders.file_state import FileState, file_states
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
-from ..loaders.policy import is_part, quantizes
+from ..loaders.policy import fits, quantizes
 from . import compat, conditioning, fused_block, layouts, parallel_branches
 from .embedding import LowbitEmbedding
 from .files import HostFile, check_still_the_same, errors_for_the_page
@@ -43,8 +43,9 @@ class LoadRequest:
 
     path: the checkpoint. base_path: what supplies what an incomplete layout lacks. compute_mode: one of COMPUTE_MODES.
     dtype: a key of DTYPES, of activations and unquantized weights. quantize: whether float and FP8 linears become INT8.
-    protected: parts of layer names that are never quantized on the fly. tune: whether kernels may measure their
-    configurations at first use. files: the two as they are when this is made; a file that changes is another request.
+    protected: entries for `loaders.policy.fits`, of layers that are never quantized on the fly. tune: whether kernels
+    may measure their configurations at first use. files: the two as they are when this is made; a file that changes is
+    another request.
     """
 
     path: str
@@ -116,6 +117,9 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
         _check_protected(request, branch)
         settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
         bar = settings.before_quantizing = _QuantizingBar(branch, settings.quantize_layer)
+    elif request.protected:
+        name = os.path.basename(request.path)
+        logger.warning("Lowbit: %s is quantized already: protected_layers is ignored.", name)
     model_options = {"custom_operations": make_operations(settings)}
     dtype = DTYPES[request.dtype]
     if dtype is not None:
@@ -188,12 +192,13 @@ def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def _check_protected(request: LoadRequest, branch: Branch) -> None:
-    names = [key.rpartition(".")[0] for key in branch.weights]
-    for part in request.protected:
-        if not any(is_part(part, name) for name in names):
+    weights = {key.removesuffix(".weight"): w.shape for key, w in branch.weights.items() if key.endswith(".weight")}
+    names = [name for name, shape in weights.items() if len(shape) == 2 and quantizes(name, *shape)]
+    for entry in request.protected if names else ():
+        if not any(fits(entry, name) for name in names):
             raise ValueError(
-                f"protected_layers: {part!r} is a part of no layer's name in {os.path.basename(branch.path)}. Names "
-                f"look like {names[len(names) // 2]}; whole parts between dots are compared."
+                f"protected_layers: {entry!r} fits no layer of {os.path.basename(branch.path)} that would be "
+                f"quantized. Names look like {names[len(names) // 2]}."
             )
 
 
@@ -262,6 +267,9 @@ def _unknown_model(branch: Branch) -> CheckpointError:
 
 
 def _warn_about_names(path: str, unconditional: str) -> None:
-    if branch_of_name(path) == UNCONDITIONAL or branch_of_name(unconditional) == CONDITIONAL:
+    if os.path.realpath(path) == os.path.realpath(unconditional) and branch_of_name(path) is not None:
+        name = os.path.basename(path)
+        logger.warning("Lowbit: %s is picked for both branches, but by its name holds one of them.", name)
+    elif branch_of_name(path) == UNCONDITIONAL or branch_of_name(unconditional) == CONDITIONAL:
         names = os.path.basename(path), os.path.basename(unconditional)
         logger.warning("Lowbit: going by their names, %s and %s are the wrong way round: conditional first.", *names)

@@ -369,7 +369,12 @@ class LowbitLinear:
         if return_weight:  # to be saved: in the dtype that the file has been told
             return weight.to(self.weight.dtype)
         # A float weight may lie in a file's narrower dtype; merged, it is the model's own, as in a stock model.
-        weight = weight.to(self.weight.dtype if quantized is not None else self.weight_comfy_model_dtype)
+        dtype = self.weight.dtype if quantized is not None else self.weight_comfy_model_dtype
+        if inplace_update:
+            # The host keeps the tensor it gives for the next time, and copies the weight of before into what is made
+            # here: it must not be the same memory, nor round that weight.
+            dtype = max(dtype, self.weight.dtype, key=lambda each: each.itemsize)
+        weight = weight.to(dtype, copy=inplace_update)
         # Never in place: a weight may lie on the mapped file, which is read-only on Windows, and the `data` of a
         # quantized parameter has scales of its own, so that writing to it would change the bytes alone.
         self.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -17,10 +17,11 @@ import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_all_wrappers
 
 _KEY = "lowbit_parallel_branches"
-_LEFT_TO_THE_HOST = ("multigpu_clones", "context_handler")  # of a sampling's options
+_LEFT_TO_THE_HOST = ("multigpu_clones", "context_handler", "model_function_wrapper")  # of a sampling's options
+_AROUND_CALLS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 _SHARED = ("mask", "control", "gligen")  # of conditioning
 
 
@@ -34,12 +35,15 @@ def other_device(guider: comfy.samplers.CFGGuider, device: torch.device, model_o
     """The GPU on which the guider's unconditional model runs beside the conditional one on `device`, or None.
 
     It is left to the host with whatever holds tensors of the first GPU or is shared by both calls (masks, ControlNets,
-    GLIGEN), with its own split of one model's calls, and with context windows, which ask for pieces of the latent.
+    GLIGEN), with its own split of one model's calls, with context windows, which ask for pieces of the latent, and with
+    wrappers around a model's calls, such as EasyCache: they remember one call for the next, of whichever model.
     """
     if getattr(guider, "uncond_inner", None) is None:
         return None
     other = guider.uncond_model_patcher.load_device
     if not _is_another_gpu(other, device) or any(model_options.get(name) for name in _LEFT_TO_THE_HOST):
+        return None
+    if any(get_all_wrappers(kind, model_options, is_model_options=True) for kind in _AROUND_CALLS):
         return None
     return None if any(cond.get(name) is not None for cond in guider._uncond_conds for name in _SHARED) else other
 

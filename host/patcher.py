@@ -59,15 +59,19 @@ class _Backup(NamedTuple):
 
 
 class _HookPatch:
-    """A hook's patches of one weight, applied to the unpacked weight where it is used."""
+    """A hook's patches of one weight, applied to the unpacked weight where it is used, after the model's own patches
+    if these would be beside it otherwise. side_paths: what was there for those."""
 
-    def __init__(self, key: str, patches: list[tuple], original: torch.Tensor):
+    def __init__(self, key: str, patches: list[list[tuple]], original: torch.Tensor, side_paths: list[SidePath]):
         self.key, self.patches, self.original_weights = key, patches, {key: [(original,)]}
+        self.side_paths = side_paths
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        return comfy.lora.calculate_weight(
-            self.patches, weight, self.key, weight.dtype, original_weights=self.original_weights
-        )
+        for patches in self.patches:
+            weight = comfy.lora.calculate_weight(
+                patches, weight, self.key, weight.dtype, original_weights=self.original_weights
+            )
+        return weight
 
 
 class _KeepsQuantized:
@@ -224,7 +228,13 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
                 module.hook_patches = [side]
             else:
                 original = self.backup[key].weight if key in self.backup else module.weight
-                module.weight_function = [*module.weight_function, _HookPatch(key, patches, original)]
+                both = [self.patches[key], patches] if module.model_patches else [patches]
+                hook_patch = _HookPatch(key, both, original, module.model_patches)
+                module.model_patches = []
+                # Patches come before what wraps the weight, as in the host.
+                ours = [function for function in module.weight_function if isinstance(function, LowVramPatch)]
+                others = [function for function in module.weight_function if not isinstance(function, LowVramPatch)]
+                module.weight_function = [*ours, hook_patch, *others]
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
         if key not in combined_patches or self._quantized_linear(key) is None:
@@ -234,4 +244,6 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
         super().unpatch_hooks(whitelist_keys_set)
         for _, module in self._linears():
             module.hook_patches = []
-            module.weight_function = [f for f in module.weight_function if not isinstance(f, _HookPatch)]
+            for hook_patch in [f for f in module.weight_function if isinstance(f, _HookPatch)]:
+                module.weight_function = [f for f in module.weight_function if f is not hook_patch]
+                module.model_patches = hook_patch.side_paths

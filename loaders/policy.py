@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Sequence
 
@@ -23,15 +24,17 @@ def quantizes(name: str, N: int, K: int, protected: Sequence[str] = ()) -> bool:
     (input, text and time projections), what reads them out, and modulation layers, which see one token, stay as they
     are.
 
-    protected: parts of names that stay too, of whole dotted components: `layers.1` is a part of `layers.1.attention`
-    and none of `layers.10.attention`.
+    protected: what `fits` the names of layers that stay too.
     """
-    if min(N, K) < SMALLEST_DIMENSION or any(is_part(part, name) for part in protected):
+    if min(N, K) < SMALLEST_DIMENSION or any(fits(entry, name) for entry in protected):
         return False
     return bool(_IN_BLOCK.search(name)) and not _ONE_TOKEN.search(name)
 
 
-def is_part(part: str, name: str) -> bool:
-    """Whether the dotted components of `part` stand one after the other in a layer's name."""
-    part = part.strip().strip(".")
-    return bool(part) and f".{part}." in f".{name}."
+def fits(entry: str, name: str) -> bool:
+    """Whether what somebody wrote means a layer's name: a part of it, of whole dotted components (`layers.1` is a part
+    of `layers.1.attention` and none of `layers.10.attention`), or a pattern with `*`, `?` and `[]` for all of it."""
+    entry = entry.strip().strip(".")
+    if any(character in entry for character in "*?["):
+        return fnmatch.fnmatchcase(name, entry)
+    return bool(entry) and f".{entry}." in f".{name}."

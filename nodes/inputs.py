@@ -61,7 +61,8 @@ def protected_layers() -> io.String.Input:
         optional=True,
         advanced=True,
         tooltip="Only while quantizing a BF16, FP16 or FP8 checkpoint: parts of layer names, separated by commas, "
-        "that stay unquantized, such as feed_forward.w2. Costs memory and speed, gains quality.",
+        "or patterns with *, that stay unquantized: feed_forward.w2, layers.0.*. Costs memory and speed, gains "
+        "quality.",
     )
 
 

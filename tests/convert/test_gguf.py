@@ -226,6 +226,15 @@ def test_patterns_without_effect_are_refused(tmp_path, fp8_files, layers, text, 
     assert not list(tmp_path.glob("*.gguf"))
 
 
+def test_a_pattern_for_protected_layers_alone_is_refused(tmp_path, fp8_files):
+    policy = policy_file(tmp_path, default="Q4_K", layers={"*.feed_forward.w2": "Q8_0"})
+    with pytest.raises(
+        ValueError, match=r"'\*\.feed_forward\.w2' has no effect, because all that it fits is protected"
+    ):
+        to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", policy, protected=("feed_forward.w2",))
+    to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", policy, protected=("layers.0.feed_forward.w2",))
+
+
 def test_a_pattern_may_fit_one_branch_alone(tmp_path, fp8_files):
     floats = {key: value for key, value in small.ideogram4("unconditional").items() if "llm_cond" not in key}
     without_text = small.save(tmp_path / "uncond.safetensors", floats)

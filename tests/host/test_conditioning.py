@@ -39,10 +39,24 @@ def test_the_second_models_negative_is_moved_and_not_the_one_that_serves_nobody(
     guider = Guider(text=CONDRegular(torch.ones(1)))
     guider.conds["negative"] = [{"model_conds": {"text": CONDRegular(torch.ones(2))}}]
     guider._uncond_conds = [{"model_conds": {"text": CONDRegular(torch.ones(3))}}]
-    conditioning._sample(lambda *args: None, guider, None, {}, None, torch.empty(1, device="meta"))
-    negative, unconditional = guider.conds["negative"], guider._uncond_conds
-    assert negative[0]["model_conds"]["text"].cond.device.type == "cpu"
-    assert unconditional[0]["model_conds"]["text"].cond.device.type == "meta"
+
+    def devices(*args):
+        both = guider.conds["negative"], guider._uncond_conds
+        return [conds[0]["model_conds"]["text"].cond.device.type for conds in both]
+
+    arguments = (guider, None, {}, None, torch.empty(1, device="meta"))
+    assert conditioning._sample(devices, *arguments) == ["cpu", "meta"]
+    assert devices() == ["cpu", "cpu"], "the host's cache of nodes may keep the guider"
+
+
+def test_what_was_moved_goes_back_after_an_error(comfy_host):
+    from comfy.conds import CONDRegular
+    from lowbit.host import conditioning
+
+    guider = Guider(text=CONDRegular(torch.ones(1)))
+    with pytest.raises(ZeroDivisionError):
+        conditioning._sample(lambda *args: 1 / 0, guider, None, {}, None, torch.empty(1, device="meta"))
+    assert guider.conds["positive"][0]["model_conds"]["text"].cond.device.type == "cpu"
 
 
 @pytest.mark.parametrize("negative", [True, False])

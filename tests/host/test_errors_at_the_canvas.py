@@ -195,11 +195,13 @@ def test_a_lora_and_a_tensor_that_does_not_fit(error_text, folder, floats):
     assert "misfit.safetensors: found shapes that do not fit the model in 1 tensor (size mismatch for layers.1" in text
 
 
-def test_a_protected_layer_that_is_in_no_name(error_text, folder, floats):
+@pytest.mark.parametrize("entry", ["feed_forwrd.w1", "layers.0.ffn_norm2", "*.w9"])
+def test_a_protected_layer_that_no_layer_is(error_text, folder, floats, entry):
     small.save(folder / "float.safetensors", floats["conditional"], torch.bfloat16)
-    inputs = {"unconditional": "none", "protected_layers": "feed_forward.w2, feed_forwrd.w1"}
+    inputs = {"unconditional": "none", "protected_layers": f"feed_forward.w2, {entry}"}
     text = error_text(INT8, "float.safetensors", **inputs)
-    assert "protected_layers: 'feed_forwrd.w1' is a part of no layer's name in float.safetensors" in text
+    assert f"protected_layers: '{entry}' fits no layer of float.safetensors that would be quantized" in text
+    assert "Names look like layers.1.attention.o." in text
 
 
 def test_a_negative_branch_that_lacks_its_base_is_noticed_first(error_text, folder, floats):

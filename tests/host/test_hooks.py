@@ -3,6 +3,7 @@
 import pytest
 import torch
 from host_harness import quantized_models as quantized
+from host_harness import small_models as small
 
 pytestmark = pytest.mark.usefixtures("plain_patcher")
 
@@ -66,6 +67,31 @@ def test_different_hooks_on_two_conditionings_and_none_on_a_third(comfy_host, pa
     )
 
 
+def of_float_layers(seed: int):
+    """A LoRA for the linear layers that the files do not quantize."""
+    floats = small.ideogram4()
+    modules = [name for name in small.linears(floats) if name not in small.block_linears(floats)]
+    return quantized.lora(seed=seed, modules=modules)
+
+
+def test_hooks_on_layers_that_are_not_quantized(comfy_host, pair):
+    """In every step: the host keeps the merged weights for the next one."""
+
+    def groups():
+        return [hook(comfy_host, of_float_layers(1), 0.8), None, hook(comfy_host, of_float_layers(2), 0.8)]
+
+    assert_same_effect(comfy_host, pair, groups, steps=3)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_hook_leaves_a_files_wider_weights_as_they_were(comfy_host, tmp_path, dtype):
+    model = quantized.load(quantized.write(tmp_path, "q4_k"), "exact", dtype)
+    before = sampled(comfy_host, model, None, None)
+    with_hook = sampled(comfy_host, model, hook(comfy_host, of_float_layers(1), 0.8), None)
+    assert not torch.equal(with_hook, before)
+    assert torch.equal(sampled(comfy_host, model, None, None), before)
+
+
 def test_two_hooks_on_one_conditioning(comfy_host, pair):
     def groups():
         return [
@@ -87,6 +113,8 @@ def test_hook_over_a_lora(comfy_host, pair):
     """A hook on a model that a LoRA node has patched already, in both kinds."""
     model, twin = (quantized.add_lora(comfy_host, base, quantized.lora(seed=7)) for base in pair)
     assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora(seed=8), 0.6)])
+    # What is not added to the weight changes what the LoRA has made of it.
+    assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora("dora", seed=8)), None])
     model, twin = (quantized.add_lora(comfy_host, base, quantized.lora("dora", seed=7)) for base in pair)
     assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora("lokr", seed=8), 0.6)])
 

@@ -55,6 +55,14 @@ def test_protected_layers_are_named(report_of, tmp_path):
     assert rows_of(report)["int8"][0] == str(len(modules))
 
 
+def test_layers_that_are_protected_in_every_block_are_named(report_of, tmp_path):
+    floats = small.ideogram4()
+    modules = [name for name in small.block_linears(floats) if not name.endswith("w2")]
+    report = report_of(small.save(tmp_path / "int8.safetensors", small.int8_native(floats, modules=modules)))
+    assert "Protected layers (2): layers.0.feed_forward.w2, layers.1.feed_forward.w2\n" in report
+    assert "feed_forward" not in report.partition("Other unquantized linear layers")[2].splitlines()[0]
+
+
 def test_what_computes_each_op_and_why(report_of, tmp_path):
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4(), convrot=True))
     report = report_of(path, compute_mode="int8")

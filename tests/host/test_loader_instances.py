@@ -132,3 +132,21 @@ def test_what_a_second_prompt_executes(comfy_server):
     assert executed(prompt) == set()
     again = executed(graphs.with_inputs(prompt, "RandomNoise", noise_seed=1))
     assert "SamplerCustomAdvanced" in again and "Lowbit_LoadDiffusionModelGguf" not in again
+
+
+def test_what_has_no_effect_or_looks_wrong_is_logged(comfy_host, tmp_path, caplog):
+    from lowbit.host.model import NONE, LoadRequest, load_pair
+
+    conditional, unconditional = (
+        quantized.write(tmp_path, "int8", branch) for branch in ("conditional", "unconditional")
+    )
+    with caplog.at_level("WARNING", logger="lowbit"):
+        load_pair(LoadRequest(str(conditional)), str(unconditional))
+        assert not caplog.messages
+        load_pair(LoadRequest(str(unconditional)), str(conditional))
+        load_pair(LoadRequest(str(conditional)), str(conditional))
+        load_pair(LoadRequest(str(conditional), quantize=True, protected=("feed_forward.w2",)), NONE)
+    swapped, twice, ignored = caplog.messages
+    assert "are the wrong way round: conditional first" in swapped
+    assert f"{conditional.name} is picked for both branches, but by its name holds one of them" in twice
+    assert f"{conditional.name} is quantized already: protected_layers is ignored" in ignored

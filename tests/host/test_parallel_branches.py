@@ -108,7 +108,17 @@ def test_a_pack_that_hands_on_other_latents(comfy_host, branches, monkeypatch, b
     assert [thread is threading.main_thread() for thread in calls.threads["unconditional"]].count(False) == 1
 
 
-@pytest.mark.parametrize("name", ["mask", "control", "gligen", "multigpu_clones", "context_handler"])
+OF_OPTIONS = {
+    **{name: {name: {"one": 1}} for name in ("multigpu_clones", "context_handler", "model_function_wrapper")},
+    # EasyCache's, for instance: it takes the last call for one of the same model.
+    **{
+        kind: {"transformer_options": {"wrappers": {kind: {"a key": [print]}}}}
+        for kind in ("diffusion_model", "apply_model")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["mask", "control", "gligen", *OF_OPTIONS])
 def test_what_both_calls_share_is_left_to_the_host(comfy_host, beside, name):
     from lowbit.host.parallel_branches import other_device
 
@@ -116,8 +126,8 @@ def test_what_both_calls_share_is_left_to_the_host(comfy_host, beside, name):
     guider.uncond_model_patcher = types.SimpleNamespace(load_device=torch.device("cuda", 1))
     device, thing = torch.device("cuda", 0), torch.ones(2)
     assert other_device(guider, device, {}) == torch.device("cuda", 1)
-    if name in ("multigpu_clones", "context_handler"):
-        assert other_device(guider, device, {name: {"one": thing}}) is None
+    if name in OF_OPTIONS:
+        assert other_device(guider, device, OF_OPTIONS[name]) is None
     else:
         guider._uncond_conds.append({name: thing})
         assert other_device(guider, device, {}) is None

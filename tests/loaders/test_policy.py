@@ -44,7 +44,10 @@ def test_protected_and_small_layers_stay():
         ("layers.w2", "layers.3.feed_forward.w2", False),
         ("layers.1", "double_layers.1.attention.qkv", False),
         ("", "layers.1.attention.qkv", False),
+        ("*.feed_forward.w2", "layers.3.feed_forward.w2", True),
+        ("layers.[12].*", "layers.3.feed_forward.w2", False),
+        ("*w", "layers.3.feed_forward.w2", False),
     ],
 )
-def test_protected_parts_are_whole_components(part, name, stays):
+def test_protected_parts_are_whole_components_and_patterns_fit_all_of_a_name(part, name, stays):
     assert quantizes(name, 1024, 1024, protected=(part,)) is not stays
