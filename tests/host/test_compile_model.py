@@ -140,6 +140,16 @@ def test_cudagraphs(comfy_host, pair):
         assert quantized.relative(sample(comfy_host, *models), expected) < 1e-5
 
 
+def test_a_bypass_lora_before_a_copy_with_its_own_modules_is_refused(comfy_host, model, monkeypatch):
+    """Dynamic VRAM: what is compiled as a whole is loaded once more, and the host's injections stay with the source."""
+    from lowbit.host.compile import compile_model
+
+    bypassed = quantized.add_lora(comfy_host, model, quantized.lora(), bypass=True)
+    monkeypatch.setattr(type(bypassed), "is_dynamic", lambda self: True)
+    with pytest.raises(ValueError, match="Compile Model: 'bypass_lora' .* Put that node behind Compile Model"):
+        compile_model(bypassed, "cudagraphs")
+
+
 def test_ordinary_guiders(comfy_host, pair, backend):
     """KSampler with a batch of positive and negative, and the guider that calls one model alone."""
 
