@@ -46,14 +46,14 @@ _MOST_VARIANTS = 64
 def compile_model(model: ModelPatcher, backend: str | Callable) -> ModelPatcher:
     """A clone of the model that is compiled at first use: its transformer blocks, or all of it where it repeats none.
 
-    backend: one of BACKENDS, or what else `torch.compile` takes. Raises ValueError for a model with what it would lose.
+    backend: one of BACKENDS, or what else `torch.compile` takes. Raises ValueError where a patch would be lost.
     """
     names = _blocks_to_compile(model, backend)
     if not names and model.is_dynamic() and model.injections:
         # They are made for the modules of this model, and the clone gets modules of its own.
         raise ValueError(
-            f"Compile Model: {', '.join(map(repr, model.injections))} (a bypass LoRA, for instance) stands before it and "
-            "would be lost, because this model is compiled as a whole. Put that node behind Compile Model (Lowbit)."
+            f"Compile Model: {', '.join(map(repr, model.injections))} (such as a bypass LoRA) stands before it and would "
+            "be lost, because this model is compiled as a whole. Put that node behind Compile Model (Lowbit)."
         )
     # A block's weights are brought to the device before it runs; a whole model's may have no room there together.
     compiled = model.clone(disable_dynamic=not names)
