@@ -52,8 +52,8 @@ def compile_model(model: ModelPatcher, backend: str | Callable) -> ModelPatcher:
     if not names and model.is_dynamic() and model.injections:
         # They are made for the modules of this model, and the clone gets modules of its own.
         raise ValueError(
-            f"Compile Model: {', '.join(map(repr, model.injections))} (such as a bypass LoRA) stands before it and would "
-            "be lost, because this model is compiled as a whole. Put that node behind Compile Model (Lowbit)."
+            f"Compile Model: {', '.join(map(repr, model.injections))} stands before it and would be lost, because this "
+            "model is compiled as a whole. Put that node, such as a bypass LoRA's, behind Compile Model (Lowbit)."
         )
     # A block's weights are brought to the device before it runs; a whole model's may have no room there together.
     compiled = model.clone(disable_dynamic=not names)
