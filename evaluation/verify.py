@@ -203,6 +203,8 @@ def check_tensor(
         problems.append(f"{zeros} {rows} {'is zero' if zeros == 1 else 'are zeros'}")
     if others:
         problems.append(f"{others} {rows} {'holds' if others == 1 else 'hold'} other values")
+    if noise and not problems and factors is None and name == format_name(expected) and name in _DTYPE_NAMES.values():
+        problems.append("other values than the source, which has the same type")
     return TensorCheck(key, name, found_db, tuple(problems), below_floor=found_db < floor)
 
 

@@ -260,6 +260,16 @@ def test_holes_in_every_weight_are_damage_of_this_file(tmp_path, sources):
     assert all(f"1 of {FLOATS['conditional'][t.name].shape[0]} rows is zero" in t.problems for t in check.broken)
 
 
+def test_a_copy_of_the_same_type_has_the_same_values():
+    """One wrong bit of a norm is worth 40 dB, and nothing explains it. Another type rounds."""
+    values = FLOATS["conditional"]["layers.1.ffn_norm2.weight"]
+    source = values.to(torch.bfloat16)
+    copy = source.clone()
+    assert check_tensor("norm", copy, source).problems == check_tensor("norm", copy, values).problems == ()
+    copy[7] *= 1.1
+    assert check_tensor("norm", copy, source).problems == ("other values than the source, which has the same type",)
+
+
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_number_of_no_dimensions(shape):
     """A GGUF file has it as [1]."""
