@@ -187,6 +187,12 @@ def _without_patches(module: LowbitLinear) -> None:
     module.weight_lowvram_function = None
 
 
+def _differ_in_strength_alone(patches: list[tuple], others: list[tuple]) -> bool:
+    """Of patches as the host hands them over: strength, value, and what else there is."""
+    pairs = zip(patches, others, strict=False)
+    return len(patches) == len(others) and all(one[1] is other[1] and one[2:] == other[2:] for one, other in pairs)
+
+
 class LowbitModelPatcherDynamic(_KeepsQuantized, ModelPatcherDynamic):
     """The host's patcher for dynamic VRAM. It leaves hooks to a delegate of the other class."""
 
@@ -223,7 +229,7 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
             module = self._quantized_linear(key)
             if module is None:
                 continue
-            side = self._side_path(key, patches, module)
+            side = self._side_path_of_hooks(key, patches, module)
             if side is not None:
                 module.hook_patches = [side]
             else:
@@ -235,6 +241,24 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
                 ours = [function for function in module.weight_function if isinstance(function, LowVramPatch)]
                 others = [function for function in module.weight_function if not isinstance(function, LowVramPatch)]
                 module.weight_function = [*ours, hook_patch, *others]
+
+    def _side_path_of_hooks(self, key: str, patches: list[tuple], module: LowbitLinear) -> SidePath | None:
+        """Kept, with its matrices on the device, as long as the host would keep merged weights: prompts with different
+        hooks take turns in every step. The same patches in another strength, as keyframes give them, take its place."""
+        kept = self.__dict__.setdefault("_hook_side_paths", {}).setdefault(key, [])
+        for index, (known, side) in enumerate(kept):
+            if _differ_in_strength_alone(known, patches):
+                if all(one[0] == other[0] for one, other in zip(known, patches, strict=True)):
+                    return side
+                del kept[index]
+                break
+        side = self._side_path(key, patches, module)
+        kept.append((patches, side))
+        return side
+
+    def clear_cached_hook_weights(self):
+        self.__dict__.pop("_hook_side_paths", None)
+        super().clear_cached_hook_weights()
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
         if key not in combined_patches or self._quantized_linear(key) is None:

@@ -67,6 +67,28 @@ def test_different_hooks_on_two_conditionings_and_none_on_a_third(comfy_host, pa
     )
 
 
+def test_matrices_of_hooks_are_moved_once_a_sampling(comfy_host, tmp_path, monkeypatch):
+    """Two prompts take turns in every step; keyframes change a strength."""
+    from lowbit.host import lora
+
+    made, down_and_up = [], lora.SidePath._down_and_up
+    monkeypatch.setattr(lora.SidePath, "_down_and_up", lambda side, *args: made.append(1) or down_and_up(side, *args))
+    model = quantized.load(quantized.write(tmp_path, "q4_k"))
+    layers = len(quantized.quantized_linears(model))
+
+    def moved(*groups, steps=4) -> int:
+        made.clear()
+        sampled(comfy_host, model, *groups, steps=steps)
+        return len(made) // layers
+
+    first, second = (quantized.lora(seed=seed) for seed in (1, 2))
+    for _ in range(2):  # kept for one sampling, not for the next
+        assert moved(hook(comfy_host, first), hook(comfy_host, second)) == 2
+    assert moved(hook(comfy_host, first), None) == 1
+    frames = [(0.0, 1.0), (0.5, 0.2)]
+    assert moved(hook(comfy_host, first, keyframes=frames), hook(comfy_host, second)) == 3
+
+
 def of_float_layers(seed: int):
     """A LoRA for the linear layers that the files do not quantize."""
     floats = small.ideogram4()
