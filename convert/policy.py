@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from ..formats import UnknownQuantizationError
 from ..formats.ggml import TYPES, type_from_name
 from ..loaders.errors import quoted
-from ..loaders.policy import fits, quantizes
+from ..loaders.policy import layers_meant
 from .record import FragileLayer
 
 WRITABLE = tuple(name for name, ggml_type in TYPES.items() if ggml_type.can_quantize)
@@ -133,29 +133,17 @@ def _type(path: str, entry: str, name: object, known: Sequence[str]) -> str:
     )
 
 
-def linears_worth_quantizing(weights: Mapping[str, object]) -> list[str]:
-    """The modules whose weight is quantized unless someone says otherwise, in the model's order."""
-    shapes = {key.removesuffix(".weight"): w.shape for key, w in weights.items() if key.endswith(".weight")}
-    return [name for name, shape in shapes.items() if len(shape) == 2 and quantizes(name, *shape)]
-
-
 def protected_layers(
     path: str, names: Sequence[str], wanted: Iterable[str], report: Sequence[FragileLayer] = (), count: int = 0
 ) -> set[str]:
     """Those of the linear layers `names` that stay unquantized.
 
-    wanted: entries for `loaders.policy.fits`; each has to fit a layer. report: its first `count` layers that are among
+    wanted: entries for `loaders.policy.layers_meant`. report: its first `count` layers that are among
     `names` stay too. Raises ValueError.
     """
     protected = set()
     for entry in wanted:
-        found = {name for name in names if fits(entry, name)}
-        if not found:
-            raise ValueError(
-                f"protected layers: {entry!r} fits no layer of {os.path.basename(path)} that would be quantized. Names "
-                f"look like {names[len(names) // 2]}."
-            )
-        protected |= found
+        protected |= layers_meant("protected layers", entry, names, path)
     if report:
         quantizable = set(names)
         known = [layer.name for layer in report if layer.name in quantizable]

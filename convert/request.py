@@ -12,8 +12,9 @@ import torch
 from ..loaders import CheckpointError
 from ..loaders.branch import Branch
 from ..loaders.branches import branch_of_name
+from ..loaders.policy import linears_worth_quantizing
 from .output_file import check_targets
-from .policy import PROTECT_COUNT, linears_worth_quantizing, protected_layers
+from .policy import PROTECT_COUNT, protected_layers
 from .record import (
     LayerActivations,
     branch_of_record,

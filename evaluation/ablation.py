@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ..convert.int8 import rotation_group
-from ..convert.policy import linears_worth_quantizing
 from ..convert.record import LayerActivations
 from ..convert.smoothing import DEFAULT_ALPHA, smoothing_factors
 from ..formats import Int8Weight, int8
+from ..loaders.policy import linears_worth_quantizing
 from .activations import ActivationRecorder
 from .fragility import Fragility, rank_layers
 from .int8_error import output_sqnr_db, quantized_tokens, weight_values

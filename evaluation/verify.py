@@ -165,10 +165,8 @@ def check_tensor(
         return TensorCheck(key, name, EXACT_DB if same else None, () if same else ("other numbers than the source",))
     smooth = actual.smooth.to(device) if isinstance(actual, Int8Weight) and actual.smooth is not None else None
 
-    # A norm or bias that is stored as floats keeps every single value.
-    by_element = len(shape) == 1 and all(
-        isinstance(weight, torch.Tensor) and weight.dtype in _DTYPE_NAMES for weight in (actual, expected)
-    )
+    are_plain = all(isinstance(weight, torch.Tensor) and weight.dtype in _DTYPE_NAMES for weight in (actual, expected))
+    by_element = are_plain and len(shape) == 1  # a norm or bias that is stored as floats keeps every single value
 
     def compare(rows: slice) -> torch.Tensor:
         """By row the energies of the source and of the error, and the largest magnitude of the values, float64
@@ -203,7 +201,7 @@ def check_tensor(
         problems.append(f"{zeros} {rows} {'is zero' if zeros == 1 else 'are zeros'}")
     if others:
         problems.append(f"{others} {rows} {'holds' if others == 1 else 'hold'} other values")
-    if noise and not problems and factors is None and name == format_name(expected) and name in _DTYPE_NAMES.values():
+    if noise and not problems and factors is None and are_plain and actual.dtype == expected.dtype:
         problems.append("other values than the source, which has the same type")
     return TensorCheck(key, name, found_db, tuple(problems), below_floor=found_db < floor)
 

@@ -50,10 +50,10 @@ def fuse_blocks(patcher: ModelPatcher) -> None:
     """Put object patches on the blocks of the patcher's model that can be fused."""
     patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, _KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _follow)
-    fused = [(name, block) for name, block in _blocks(patcher) if unfusable(block) is None]
-    for name, block in fused:
-        for attribute, function in replacements(block).items():
-            patcher.add_object_patch(f"{name}.{attribute}", function)
+    for name, block in _blocks(patcher):
+        if unfusable(block) is None:
+            for attribute, function in replacements(block).items():
+                patcher.add_object_patch(f"{name}.{attribute}", function)
     if patcher.model not in _watched:
         _watched.add(patcher.model)
         weakref.finalize(patcher.model, _let_go, list(patcher.model.diffusion_model.modules())).atexit = False

@@ -186,7 +186,9 @@ def unpack_in_other_modules(model: torch.nn.Module, ours: tuple[type, ...]) -> N
     """Unpack parameters that a load has put as they were into modules not of the classes `ours`: such a module would
     not know what to do with them, and the host would save them as if they were floats."""
     for module in model.modules():
-        for name, parameter in () if isinstance(module, ours) else list(module.named_parameters(recurse=False)):
+        if isinstance(module, ours):
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, QuantizedTensor):
                 setattr(module, name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
 

@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable
 
 import comfy.model_detection
 import comfy.model_management
@@ -22,7 +21,7 @@ from ..loaders.branches import CONDITIONAL, UNCONDITIONAL, branch_of_name
 from ..loaders.errors import CheckpointError, counted
 from ..loaders.file_state import FileState, file_states
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
-from ..loaders.policy import fits, quantizes
+from ..loaders.policy import layers_meant, linears_worth_quantizing, quantizes
 from . import compat, conditioning, fused_block, layouts, parallel_branches
 from .embedding import LowbitEmbedding
 from .files import HostFile, check_still_the_same, errors_for_the_page
@@ -43,9 +42,9 @@ class LoadRequest:
 
     path: the checkpoint. base_path: what supplies what an incomplete layout lacks. compute_mode: one of COMPUTE_MODES.
     dtype: a key of DTYPES, of activations and unquantized weights. quantize: whether float and FP8 linears become INT8.
-    protected: entries for `loaders.policy.fits`, of layers that are never quantized on the fly. tune: whether kernels
-    may measure their configurations at first use. files: the two as they are when this is made; a file that changes is
-    another request.
+    protected: entries for `loaders.policy.layers_meant`, of layers that are never quantized on the fly. tune: whether
+    kernels may measure their configurations at first use. files: the two as they are when this is made; a file that
+    changes is another request.
     """
 
     path: str
@@ -114,9 +113,13 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
     settings = LoadSettings(os.path.basename(request.path), request.compute_mode, request.tune)
     is_quantized, bar = bool(branch.quantized_formats()), None
     if request.quantize and not is_quantized:
-        _check_protected(request, branch)
+        names = linears_worth_quantizing(branch.weights)
+        for entry in request.protected if names else ():
+            layers_meant("protected_layers", entry, names, branch.path)
         settings.quantize_layer = functools.partial(quantizes, protected=request.protected)
-        bar = settings.before_quantizing = _QuantizingBar(branch, settings.quantize_layer)
+        bar = settings.before_quantizing = _QuantizingBar(
+            len(linears_worth_quantizing(branch.weights, request.protected))
+        )
     elif request.protected:
         name = os.path.basename(request.path)
         logger.warning("Lowbit: %s is quantized already: protected_layers is ignored.", name)
@@ -160,10 +163,8 @@ def _log(branch: Branch, patcher: ModelPatcher, quantized_now: bool) -> None:
 class _QuantizingBar:
     """Called before each layer that is quantized while loading: shows how far it is, and lets the user cancel."""
 
-    def __init__(self, branch: Branch, quantize_layer: Callable[[str, int, int], bool]):
-        names = [(key.removesuffix(".weight"), weight.shape) for key, weight in branch.weights.items()]
-        self._total = sum(len(s) == 2 and quantize_layer(name, *s) for name, s in names)
-        self._bar = comfy.utils.ProgressBar(self._total)
+    def __init__(self, total: int):
+        self._total, self._bar = total, comfy.utils.ProgressBar(total)
 
     def __call__(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -189,17 +190,6 @@ def host_state_dict(branch: Branch, dtype: torch.dtype) -> dict[str, torch.Tenso
         else:
             state_dict[key] = weight.dequantize(dtype)
     return state_dict
-
-
-def _check_protected(request: LoadRequest, branch: Branch) -> None:
-    weights = {key.removesuffix(".weight"): w.shape for key, w in branch.weights.items() if key.endswith(".weight")}
-    names = [name for name, shape in weights.items() if len(shape) == 2 and quantizes(name, *shape)]
-    for entry in request.protected if names else ():
-        if not any(fits(entry, name) for name in names):
-            raise ValueError(
-                f"protected_layers: {entry!r} fits no layer of {os.path.basename(branch.path)} that would be "
-                f"quantized. Names look like {names[len(names) // 2]}."
-            )
 
 
 def is_diffusers(state_dict: dict[str, torch.Tensor]) -> bool:

@@ -103,8 +103,7 @@ class Op:
         for name in self.implementations:
             reason = _supports(self.package, name, call)
             if reason is None:
-                if (self.name, name) not in _logged:
-                    _log_choice(self.name, name, refused)
+                _log_choice(self.name, name, refused)
                 return _load(self.package, name)
             refused[name] = reason
         raise RuntimeError(f"{self.name}: no implementation can run this call: {_reasons(refused)}")
@@ -133,5 +132,7 @@ def _reasons(refused: dict[str, str]) -> str:
 
 def _log_choice(op: str, name: str, refused: dict[str, str]) -> None:
     """Once an op and implementation: reasons name what a call has, so that each size of picture has others."""
+    if (op, name) in _logged:
+        return
     _logged.add((op, name))
     logger.info("Lowbit: %s is computed by %s%s", op, name, f" ({_reasons(refused)})" if refused else "")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Below this the product is too small for int8 to pay, and the layer too small for its bytes to matter.
 SMALLEST_DIMENSION = 256
@@ -29,6 +30,23 @@ def quantizes(name: str, N: int, K: int, protected: Sequence[str] = ()) -> bool:
     if min(N, K) < SMALLEST_DIMENSION or any(fits(entry, name) for entry in protected):
         return False
     return bool(_IN_BLOCK.search(name)) and not _ONE_TOKEN.search(name)
+
+
+def linears_worth_quantizing(weights: Mapping[str, object], protected: Sequence[str] = ()) -> list[str]:
+    """The modules whose weight is quantized unless someone says otherwise, in the model's order."""
+    shapes = {key.removesuffix(".weight"): w.shape for key, w in weights.items() if key.endswith(".weight")}
+    return [name for name, shape in shapes.items() if len(shape) == 2 and quantizes(name, *shape, protected)]
+
+
+def layers_meant(option: str, entry: str, names: Sequence[str], path: str) -> set[str]:
+    """Those of the layers worth quantizing `names` that an entry of an option `fits`. Raises ValueError for none."""
+    found = {name for name in names if fits(entry, name)}
+    if not found:
+        raise ValueError(
+            f"{option}: {entry!r} fits no layer of {os.path.basename(path)} that would be quantized. Names look like "
+            f"{names[len(names) // 2]}."
+        )
+    return found
 
 
 def fits(entry: str, name: str) -> bool:
