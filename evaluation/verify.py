@@ -14,8 +14,8 @@ import torch
 from ..convert.pieces import in_pieces
 from ..convert.progress import Report, Stage
 from ..convert.smoothing import Factors
-from ..convert.source import floats_of
-from ..formats import Int8Weight, QuantizedWeight
+from ..convert.source import floats_of, part_of
+from ..formats import Fp8Weight, Int8Weight, QuantizedWeight, ggml, int8
 from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from .folded import folded_smoothing
 from .metrics import EXACT_DB, sqnr_db
@@ -44,13 +44,17 @@ QUANTIZED = ("int8", "fp8", "gguf")
 FOREIGN_SHARE, FOREIGN_COUNT = 0.9, 4
 ALL_ZERO = "all zero"
 
-# Damage in a few rows hardly shows in a tensor's SQNR. A row is broken if its error has at least half of its own energy
-# in the source: zeros give all of it, other numbers twice that, rounding at most a fifth where a row is worth storing.
-# Rows much smaller than the others legitimately round to zeros where all share a scale. Hence the error also has to be
-# larger than what the tensor's floor allows a usual row, than a usual row's error several times (rounding to zeros
-# costs at most three times what rounding to many steps does), and, where hardly a row is larger than one step of a
-# shared INT8 scale, than a step for each value. Q2_K misses sparse rows by more than they hold: only zeros are damage.
+# Damage in a few rows, or blocks of GGUF, hardly shows in a tensor's SQNR. One is broken if its error has at least half
+# of its own energy in the source: zeros give all of it, other numbers twice that, rounding at most a fifth where it is
+# worth storing. Rows much smaller than the others legitimately round to zeros where all share a scale. Hence the error
+# also has to be larger than what the tensor's floor allows a usual row, than a usual row's error several times
+# (rounding to zeros costs at most three times what rounding to many steps does), and than a step for each value, where
+# hardly a row is larger than one of a shared INT8 scale, or a block than one of the smallest float16 scales. Q2_K
+# misses sparse blocks by more than they hold: only zeros are damage.
 BROKEN_SHARE, BROKEN_TIMES = 0.5, 4.0
+# A single wrong INT8 code hardly shows in its row. Rounding is off by half a step, by eight where the source is an FP8
+# file of the same weights; the last code of the range stands for anything beyond.
+WRONG_CODE_STEPS, LAST_CODE = 16, 127
 
 Advance = Callable[[int], None]
 
@@ -168,19 +172,28 @@ def check_tensor(
     are_plain = all(isinstance(weight, torch.Tensor) and weight.dtype in _DTYPE_NAMES for weight in (actual, expected))
     by_element = are_plain and len(shape) == 1  # a norm or bias that is stored as floats keeps every single value
 
+    # A quantized source is no nearer to the original than its own format allows.
+    floor = min(floor_db(name), floor_db(format_name(expected)))
+    unit, units = _unit(actual, by_element)
+    # Where a source's values share a scale, the small ones are off by themselves.
+    is_precise = isinstance(expected, torch.Tensor) or (isinstance(expected, Fp8Weight) and expected.per_channel)
+    count_codes = isinstance(actual, Int8Weight) and is_precise
+
     def compare(rows: slice) -> torch.Tensor:
-        """By row the energies of the source and of the error, and the largest magnitude of the values, float64
-        [3, rows]: squares of float32 may overflow."""
+        """By unit the energies of the source and of the error, the largest magnitude of the values, and the count of
+        wrong INT8 codes, float64 [4, units]: squares of float32 may overflow."""
         values, reference = (floats_of(weight, rows, device).double() for weight in (actual, expected))
         if factors is not None:
             reference = factors.apply(reference, rows)
         if smooth is not None:
             values, reference = values / smooth, reference / smooth
-        dim = 0 if by_element else 1
-        energies = (x.square().sum(dim=dim) for x in (reference, values - reference))
-        return torch.stack([*energies, values.abs().amax(dim=dim)]).cpu()
+        error = values - reference
+        energies = (x.square().reshape(-1, unit).sum(dim=1) for x in (reference, error))
+        largest = values.abs().reshape(-1, unit).amax(dim=1)
+        wrong = _wrong_codes(part_of(actual, rows, device), error) if count_codes else torch.zeros_like(largest)
+        return torch.stack([*energies, largest, wrong]).cpu()
 
-    signals, noises, sizes = torch.cat([piece for _, piece in in_pieces(compare, shape, device)], dim=1)
+    signals, noises, sizes, wrong = torch.cat([piece for _, piece in in_pieces(compare, shape, device)], dim=1)
     signal, noise, largest = float(signals.sum()), float(noises.sum()), float(sizes.max())  # NaN if any value is
     if not math.isfinite(largest):
         return TensorCheck(key, name, None, ("NaN or infinity",))
@@ -189,25 +202,45 @@ def check_tensor(
     found_db = sqnr_db(signal, noise)
     if largest == 0 and signal > 0:
         return TensorCheck(key, name, found_db, (ALL_ZERO,))
-    # A quantized source is no nearer to the original than its own format allows.
-    floor = min(floor_db(name), floor_db(format_name(expected)))
     problems = [f"{found_db:.1f} dB, expected at least {floor:.0f} for {name}"] if found_db < floor else []
-    smallest = max(_step(weight) for weight in (actual, expected)) ** 2 * (shape[-1] if shape else 1)
-    broken = _broken_rows(signals, noises, floor, smallest)
+    smallest = max(_step(weight) for weight in (actual, expected)) ** 2 * unit
+    broken = _broken_units(signals, noises, floor, smallest)
     zeros = int((broken & (sizes == 0)).sum())
     others = int((broken & (sizes > 0)).sum()) if floor > FLOORS_DB["gguf_q2"] else 0
-    rows = f"of {len(broken)} {'elements' if by_element else 'rows'}"
     if zeros:
-        problems.append(f"{zeros} {rows} {'is zero' if zeros == 1 else 'are zeros'}")
+        problems.append(f"{zeros} of {len(broken)} {units} {'is zero' if zeros == 1 else 'are zeros'}")
     if others:
-        problems.append(f"{others} {rows} {'holds' if others == 1 else 'hold'} other values")
+        problems.append(f"{others} of {len(broken)} {units} {'holds' if others == 1 else 'hold'} other values")
+    wrong_codes = int(wrong.sum())
+    if wrong_codes and not problems:
+        problems.append(f"{wrong_codes} of {math.prod(shape)} codes {'is' if wrong_codes == 1 else 'are'} wrong")
     if noise and not problems and factors is None and are_plain and actual.dtype == expected.dtype:
         problems.append("other values than the source, which has the same type")
     return TensorCheck(key, name, found_db, tuple(problems), below_floor=found_db < floor)
 
 
-def _broken_rows(signals: torch.Tensor, noises: torch.Tensor, floor: float, smallest: float) -> torch.Tensor:
-    """Which rows are damaged, bool [rows], by the energies of source and error [rows]: see BROKEN_SHARE.
+def _unit(weight: torch.Tensor | QuantizedWeight, by_element: bool) -> tuple[int, str]:
+    """How many elements in a row are looked at together, which share a scale if any do, and what people call such."""
+    if by_element:
+        return 1, "elements"
+    if isinstance(weight, ggml.GgmlWeight):
+        return ggml.type_from_name(weight.ggml_type).block_size, "blocks"
+    return weight.shape[-1] if len(weight.shape) else 1, "rows"
+
+
+def _wrong_codes(weight: Int8Weight, error: torch.Tensor) -> torch.Tensor:
+    """How many codes of each row of a weight are wrong, float64 [rows], see WRONG_CODE_STEPS. error: float64 [rows, K],
+    of the values as activations meet them, smoothed but not rotated."""
+    if weight.rotation_group:  # back to where the codes are: a Hadamard matrix is its own inverse
+        error = int8.rotate(error, weight.rotation_group)
+    is_off = error.abs() > WRONG_CODE_STEPS * weight.scale.double()
+    codes = weight.data.to(torch.int16)
+    is_clipped = (codes.abs() >= LAST_CODE) & (codes * error < 0)
+    return (is_off & ~is_clipped).sum(dim=1).double()
+
+
+def _broken_units(signals: torch.Tensor, noises: torch.Tensor, floor: float, smallest: float) -> torch.Tensor:
+    """Which units are damaged, bool [units], by the energies of source and error [units]: see BROKEN_SHARE.
 
     smallest: an error up to this is none.
     """
@@ -218,8 +251,11 @@ def _broken_rows(signals: torch.Tensor, noises: torch.Tensor, floor: float, smal
 
 
 def _step(weight: torch.Tensor | QuantizedWeight) -> float:
-    """Between neighbouring values of an INT8 weight of which all rows share a scale; 0 for others."""
-    return float(weight.scale) if isinstance(weight, Int8Weight) and not weight.per_channel else 0.0
+    """What rounding costs a value however small it is: a step of an INT8 weight of which all rows share a scale, the
+    error of the smallest float16 times the largest code in GGUF."""
+    if isinstance(weight, Int8Weight):
+        return 0.0 if weight.per_channel else float(weight.scale)
+    return 2.0**-17 if isinstance(weight, ggml.GgmlWeight) else 0.0
 
 
 def floor_db(format: str) -> float:

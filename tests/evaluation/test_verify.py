@@ -1,5 +1,6 @@
 """Sound files of every layout pass, damaged ones are named, and both against their source in all arrangements."""
 
+import dataclasses
 import math
 import re
 
@@ -16,7 +17,7 @@ from lowbit.evaluation.metrics import EXACT_DB
 from lowbit.evaluation.pairs import Files
 from lowbit.evaluation.picture import draw
 from lowbit.evaluation.verify import FLOORS_DB, check_tensor, verify
-from lowbit.formats import Fp8Weight, ggml, int8
+from lowbit.formats import Fp8Weight, Int8Weight, ggml, int8
 from lowbit.loaders import CheckpointError
 from lowbit.tests.convert import making
 from safetensors.torch import load_file, save_file
@@ -202,7 +203,7 @@ def test_smoothing_counts_where_rounding_leaves_little_of_the_columns(tmp_path):
     assert not check.broken and check.smoothed == 14
 
 
-# Rows of a tensor: damage that its SQNR hides
+# Rows, blocks and codes of a tensor: damage that its SQNR hides
 
 QKV_ROWS, QKV_ROW_BYTES = 768, 144  # in Q4_K: a block of 256 values a row
 
@@ -223,10 +224,10 @@ def gguf_with_damaged_rows(path, change):
 @pytest.mark.parametrize(
     "change, problem",
     [
-        (lambda rows: rows[:34].zero_(), "34 of 768 rows are zeros"),
-        (lambda rows: rows[7].zero_(), "1 of 768 rows is zero"),
-        (lambda rows: rows[:15].copy_(rows[347:362].clone()), "15 of 768 rows hold other values"),
-        (lambda rows: rows[7].copy_(rows[8].clone()), "1 of 768 rows holds other values"),
+        (lambda rows: rows[:34].zero_(), "34 of 768 blocks are zeros"),
+        (lambda rows: rows[7].zero_(), "1 of 768 blocks is zero"),
+        (lambda rows: rows[:15].copy_(rows[347:362].clone()), "15 of 768 blocks hold other values"),
+        (lambda rows: rows[7].copy_(rows[8].clone()), "1 of 768 blocks holds other values"),
     ],
     ids=["hole", "row of zeros", "other blocks", "another block"],
 )
@@ -349,15 +350,15 @@ QUANTIZERS = {
 }
 
 
-def row_problems(actual, expected) -> list[str]:
-    return [problem for problem in check_tensor("w", actual, expected).problems if "rows" in problem]
+def part_problems(actual, expected) -> list[str]:
+    return [problem for problem in check_tensor("w", actual, expected).problems if " of " in problem]
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_no_row_of_a_sound_weight_is_broken(quantizer):
     """Small rows round to zeros where they share a scale with large ones, which is no damage."""
     for name, w in hard_weights().items():
-        assert not row_problems(QUANTIZERS[quantizer](w), w), name
+        assert not part_problems(QUANTIZERS[quantizer](w), w), name
 
 
 @pytest.mark.parametrize("ggml_type", sorted({key.split("_bytes")[0] for key in GOLDEN if key.endswith("_bytes")}))
@@ -366,14 +367,67 @@ def test_rows_of_every_block_type(ggml_type):
     source, stored = torch.from_numpy(GOLDEN["src"]), torch.from_numpy(GOLDEN[f"{ggml_type}_bytes"])
 
     def problems(stored):
-        return row_problems(ggml.GgmlWeight(stored, tuple(source.shape), ggml_type), source)
+        return part_problems(ggml.GgmlWeight(stored, tuple(source.shape), ggml_type), source)
 
     assert not problems(stored)
     hole, others = stored.clone(), stored.clone()
     hole[60:63], others[60:63] = 0, stored[70:73]
-    assert problems(hole) == ["3 of 96 rows are zeros"]
-    # Q2_K misses some sparse rows by more than they hold, which looks the same.
-    assert problems(others) == ([] if ggml_type == "Q2_K" else ["3 of 96 rows hold other values"])
+    blocks, of_rows = (
+        source.numel() // ggml.TYPES[ggml_type].block_size,
+        3 * source.shape[1] // ggml.TYPES[ggml_type].block_size,
+    )
+    assert problems(hole) == [f"{of_rows} of {blocks} blocks are zeros"]
+    # Q2_K misses some sparse blocks by more than they hold, which looks the same.
+    found = "".join(problems(others))
+    assert re.fullmatch("" if ggml_type == "Q2_K" else rf"\d+ of {blocks} blocks hold other values", found)
+
+
+@pytest.mark.parametrize("ggml_type", ["Q4_0", "Q8_0", "Q4_K"])
+def test_one_block_of_a_long_row(ggml_type):
+    """It is a sixteenth of its row's energy at most."""
+    w = 0.03 * torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    blocks = w.numel() // ggml.TYPES[ggml_type].block_size
+    stored = ggml.quantize(w, ggml_type).view(blocks, -1)
+
+    def problems(change):
+        damaged = stored.clone()
+        change(damaged)
+        return part_problems(ggml.GgmlWeight(damaged.view(64, -1), (64, 4096), ggml_type), w)
+
+    assert problems(lambda blocks: blocks[37].zero_()) == [f"1 of {blocks} blocks is zero"]
+    assert problems(lambda blocks: blocks[37].copy_(stored[5])) == [f"1 of {blocks} blocks holds other values"]
+
+
+def wrong_codes(weight: Int8Weight, count: int) -> Int8Weight:
+    """The highest bit of some codes is another."""
+    data = weight.data.clone()
+    data.view(-1)[torch.randperm(data.numel(), generator=torch.Generator().manual_seed(0))[:count]] ^= -128
+    return dataclasses.replace(weight, data=data)
+
+
+@pytest.mark.parametrize("count, problem", [(1, "1 of 393216 codes is wrong"), (16, "16 of 393216 codes are wrong")])
+@pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name.startswith("int8")])
+def test_a_few_wrong_codes_are_counted(quantizer, count, problem):
+    w = hard_weights()["normal"]
+    sound = QUANTIZERS[quantizer](w)
+    problems = check_tensor("w", wrong_codes(sound, count), w).problems
+    # Where smoothing has made a column small, one code of it is worth a row.
+    assert problems == (problem,) or ("smooth" in quantizer and "hold" in problems[-1])
+
+
+@pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name.startswith("int8")])
+@pytest.mark.parametrize("source", ["int8_tensor_0_plain", "Q5_1", *(name for name in QUANTIZERS if "fp8" in name)])
+def test_rounding_of_the_source_is_no_wrong_code(quantizer, source):
+    """Of an INT8 file that was made from the original, against another quantization of it."""
+    for name, w in hard_weights().items():
+        assert not [p for p in part_problems(QUANTIZERS[quantizer](w), QUANTIZERS[source](w)) if "codes" in p], name
+
+
+def test_a_clipped_outlier_is_no_wrong_code():
+    """Some quantizers choose a scale that leaves the largest values out."""
+    w = hard_weights()["normal"]
+    w[5, 7], w[5, 9] = 0.15, -0.2
+    assert not check_tensor("w", int8.quantize_weight(w.clamp(-0.1, 0.1)), w).problems
 
 
 # Numbers whose squares float32 does not hold
