@@ -35,11 +35,15 @@ for _name, _folder in PACKAGES.items():
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA device, found none"
+    if importlib.util.find_spec("triton") is None:
+        missing["triton"] = "needs Triton, which is not installed"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, found none"))
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import torch._dynamo
 from host_harness import graphs
 from host_harness import quantized_models as quantized
 from host_harness import small_models as small
+from host_harness.torch_version import HOSTS_BYPASS_IN_ONE_GRAPH, HOSTS_COMPILE_NODE, TORCH
 from safetensors.torch import load_file
 
 LAYERS = small.SMALL.layers
@@ -105,6 +106,7 @@ def test_each_model_by_its_own_weights(comfy_host, pair, backend, which):
     assert not graph_breaks()
 
 
+@HOSTS_COMPILE_NODE
 def test_the_stock_node_runs_the_positive_model_twice(comfy_host, pair):
     """Why this node exists. If this fails, the host has mended it."""
     stock = comfy_host.module("comfy_extras.nodes_torch_compile").TorchCompileModel
@@ -169,7 +171,9 @@ def test_ordinary_guiders(comfy_host, pair, backend):
 # What is compiled
 
 
-@pytest.mark.parametrize("patch", [None, "lora", "lokr", "dora", "bypass"])
+@pytest.mark.parametrize(
+    "patch", [None, "lora", "lokr", "dora", pytest.param("bypass", marks=HOSTS_BYPASS_IN_ONE_GRAPH)]
+)
 @pytest.mark.parametrize(
     "kind, mode", [("int8", "int8"), ("int8_smooth", "exact"), ("q4_k", "exact"), ("q4_k", "int8")]
 )
@@ -277,7 +281,8 @@ def test_lora(comfy_host, model, backend, order):
     stronger = quantized.output(comfy_host, add(model, 1.4))
     assert quantized.relative(quantized.output(comfy_host, add(base, 1.4)), stronger) < 1e-5
     assert torch.equal(quantized.output(comfy_host, model), plain)
-    assert backend.compiled == 2, "without, and with any strength"
+    if TORCH >= (2, 8):  # torch 2.7 compiles again for each strength
+        assert backend.compiled == 2, "without, and with any strength"
 
 
 def test_a_compiled_clone_leaves_its_source_alone(comfy_host, model, backend):

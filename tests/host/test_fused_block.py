@@ -31,6 +31,7 @@ def calls(monkeypatch, fused) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_blocks_give_what_the_hosts_blocks_give(comfy_host, fused, tmp_path, monkeypatch, kind):
     model = quantized.load(quantized.write(tmp_path, kind), "int8", dtype="bf16")
@@ -50,6 +51,7 @@ def test_fused_blocks_give_what_the_hosts_blocks_give(comfy_host, fused, tmp_pat
     assert fused.report(model) == [f"Fused blocks: {layers} of {layers}"]
 
 
+@pytest.mark.triton
 def test_protected_layers_read_floats(comfy_host, fused, tmp_path, monkeypatch):
     floats = small.ideogram4()
     modules = [name for name in small.block_linears(floats) if not name.endswith(("w2", "qkv"))]
@@ -104,6 +106,7 @@ def test_patched_layers_read_floats(comfy_host, fused, tmp_path, kind):
     assert torch.equal(quantized.output(comfy_host, model), before)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("name", ["attention.qkv", "feed_forward.w2", "feed_forward", "ffn_norm1"])
 @pytest.mark.parametrize("change", ["hook", "pre_hook", "forward"])
 def test_a_changed_module_sees_what_it_sees_in_the_hosts_block(comfy_host, fused, tmp_path, name, change):
@@ -134,6 +137,7 @@ def test_a_changed_module_sees_what_it_sees_in_the_hosts_block(comfy_host, fused
     assert seen
 
 
+@pytest.mark.triton
 def test_a_patch_of_another_pack_on_the_block_wins(comfy_host, fused, tmp_path):
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
     patched = model.clone()
@@ -200,6 +204,7 @@ def test_a_replaced_feed_forward_sees_tensors_between_its_layers(comfy_host, fus
     assert len(seen) == 1 and isinstance(seen[0], torch.Tensor)
 
 
+@pytest.mark.triton
 def test_a_patch_taken_back_leaves_the_block_fused(comfy_host, fused, tmp_path, monkeypatch):
     """Bypass LoRA puts the class's own bound method back as an attribute of the module."""
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
@@ -214,6 +219,7 @@ def test_a_patch_taken_back_leaves_the_block_fused(comfy_host, fused, tmp_path, 
     assert counts["gated_residual_norm_quantize"] == 2
 
 
+@pytest.mark.triton
 def test_a_patch_on_the_hosts_class_is_respected(comfy_host, fused, tmp_path, monkeypatch):
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
     block_class = type(model.model.diffusion_model.layers[0])

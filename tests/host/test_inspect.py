@@ -76,6 +76,7 @@ def test_what_computes_each_op_and_why(report_of, tmp_path):
     assert "gguf_q4_k: exact (weight unpacked, then PyTorch's product)\n" in of_gguf and "INT8" not in of_gguf
 
 
+@pytest.mark.triton
 def test_refusals_are_shown(report_of, tmp_path, monkeypatch):
     from lowbit.kernels.int8_linear import torch_impl, triton_impl
 
@@ -86,6 +87,7 @@ def test_refusals_are_shown(report_of, tmp_path, monkeypatch):
     assert expected in report_of(path, compute_mode="int8")
 
 
+@pytest.mark.triton
 def test_fused_blocks_are_counted(report_of, tmp_path):
     path = small.save(tmp_path / "int8.safetensors", small.int8_native(small.ideogram4()))
     assert "Fused blocks: 2 of 2" in report_of(path, compute_mode="int8")

@@ -120,6 +120,7 @@ def test_the_profiled_model_computes_the_same_and_the_original_is_left_alone(com
     assert torch.equal(during, before)
 
 
+@pytest.mark.triton
 def test_fused_blocks_stay_fused_while_their_layers_are_recorded(comfy_host, profiling, tmp_path, monkeypatch):
     from lowbit.host import fused_block
 

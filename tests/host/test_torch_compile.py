@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 from host_harness import quantized_models as quantized
+from host_harness.torch_version import HOSTS_COMPILE_NODE
 
 CASES = [("int8", "exact"), ("int8", "int8"), ("int8_smooth", "int8"), ("q4_k", "exact"), ("q8_0", "int8")]
 
@@ -66,6 +67,7 @@ def test_the_whole_model_breaks_where_a_stock_model_breaks(comfy_host, tmp_path,
     assert graph_breaks(comfy_host, model) <= stock_breaks
 
 
+@HOSTS_COMPILE_NODE
 def test_stock_node_with_inductor(comfy_host, tmp_path):
     """The node that artists use, with its own backend."""
     torch._dynamo.reset()

@@ -231,6 +231,7 @@ def test_no_tokens(implementation, shape, device):
     assert len(by(implementation, gated_residual_norm_quantize, *arguments)) == 3
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("samples", [1, 4, 100_000])
 def test_grids_fit_any_number_of_tokens_and_samples(samples, monkeypatch):
     x = torch.empty(100_000, 256, dtype=torch.bfloat16, device="meta")
@@ -318,6 +319,7 @@ def test_what_does_not_fit_is_refused():
         operation(residual, y, y_weight, gate, weight, scale, EPS, None, 256)
 
 
+@pytest.mark.triton
 def test_what_triton_refuses_is_computed_by_the_reference(device):
     arguments = operands((1, 2, 17408), torch.bfloat16, device)
     refused = "holds K up to 16384 in registers, found K=17408"

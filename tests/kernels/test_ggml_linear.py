@@ -221,8 +221,8 @@ def test_on_other_devices_memory_is_the_calls_own():
 # Limits
 
 
+@pytest.mark.triton
 def test_what_triton_does_not_take_is_unpacked(device):
-    pytest.importorskip("triton")
     blocks, _ = golden("Q4_K", device)
     with use_implementation("triton_impl"):
         call = op.GgmlLinearCall(torch.zeros(17, 768, dtype=torch.bfloat16, device=device), blocks, "Q4_K", None)
@@ -231,9 +231,9 @@ def test_what_triton_does_not_take_is_unpacked(device):
         assert op.OP.refusals(call)["triton_impl"] == "reads bf16 and fp16, found torch.float32"
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("ggml_type", ["Q4_K", "Q8_0"])
 def test_the_largest_linears_grids_fit(ggml_type, monkeypatch):
-    pytest.importorskip("triton")
     blocks = torch.empty(4608, ggml.row_size_bytes(ggml_type, 53248), dtype=torch.uint8, device="meta")
     x = torch.empty(16, 53248, dtype=torch.bfloat16, device="meta")
     assert_grids_fit(monkeypatch, op, op.GgmlLinearCall(x, blocks, ggml_type, None))

@@ -272,6 +272,7 @@ def test_a_sum_is_split_where_tiles_are_few_and_k_is_long(device):
     assert configs.parts_along_k(100_000, 53248, 4, device) == 1
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("multiprocessors", [82, 128, 132, 170, 188])
 @pytest.mark.parametrize("M", [65_536, 70_000, 100_000])
 def test_grids_fit_any_number_of_tokens(M, multiprocessors, monkeypatch):
@@ -388,6 +389,7 @@ def test_what_does_not_fit_is_refused():
         )
 
 
+@pytest.mark.triton
 def test_an_out_dtype_that_triton_does_not_write(device):
     xq, x_scale, wq, w_scale, bias = operands(20, 72, 64, device)
     with (

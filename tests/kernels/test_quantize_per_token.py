@@ -176,6 +176,7 @@ def test_no_tokens(implementation, shape, device):
     assert (x_scale.dtype, tuple(x_scale.shape)) == (torch.float32, (*shape[:-1], 1))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("K", [4608, 16640])
 def test_grids_fit_any_number_of_tokens(K, monkeypatch):
     x = torch.empty(100_000, K, dtype=torch.bfloat16, device="meta")
@@ -215,6 +216,7 @@ def test_what_does_not_fit_is_refused():
         quantize_per_token(x, rotation_group=8)
 
 
+@pytest.mark.triton
 def test_what_triton_refuses_is_computed_by_the_reference(device):
     for x, group, reason in [
         (torch.randn(2, 64), 64, "rotates groups of 256, found 64"),

@@ -221,6 +221,7 @@ def test_a_parameter_can_be_recorded(device):
     assert torch.equal(record[0], x.detach().abs().amax(dim=0))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("M, K", [(1, 1), (300_000, 4608), (1, 3_000_000)])
 def test_grids_fit_any_shape(M, K, monkeypatch):
     x, channels = (torch.empty(shape, device="meta") for shape in ((M, K), (K,)))
@@ -275,6 +276,7 @@ def test_what_does_not_fit_is_refused(name, make, message):
     assert not absmax.any() and not square_sum.any() and (sample == 77).all()
 
 
+@pytest.mark.triton
 def test_what_triton_refuses_is_computed_by_the_reference(device):
     x, nothing = tokens(5, 40, torch.float32, device), torch.zeros(0, dtype=torch.int64, device=device)
     record = fresh(40, device, samples=129)

@@ -214,6 +214,7 @@ def test_no_tokens(implementation, with_scale, shape, device):
     assert len(by(implementation, rms_norm_scale_quantize, x, weight, scale, EPS)) == 2
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("samples", [1, 4])
 def test_grids_fit_any_number_of_tokens(samples, monkeypatch):
     x = torch.empty(100_000, 4608, dtype=torch.bfloat16, device="meta")
@@ -221,6 +222,7 @@ def test_grids_fit_any_number_of_tokens(samples, monkeypatch):
     assert_grids_fit(monkeypatch, op, op.RmsNormScaleQuantizeCall(x, x[0], scale, EPS, None, 256, keep_values=True))
 
 
+@pytest.mark.triton
 def test_grids_fit_any_number_of_samples(monkeypatch):
     x = torch.empty(100_000, 256, dtype=torch.bfloat16, device="meta")
     assert_grids_fit(monkeypatch, op, op.RmsNormScaleQuantizeCall(x, x[0], x, EPS, None, 0))
@@ -277,6 +279,7 @@ def test_what_does_not_fit_is_refused():
         rms_norm_scale_quantize(x, weight, scale, EPS, None, 256)
 
 
+@pytest.mark.triton
 def test_what_triton_refuses_is_computed_by_the_reference(device):
     x, weight, scale = operands((1, 2, 17408), torch.bfloat16, device)
     with (

@@ -180,6 +180,7 @@ def test_no_tokens(implementation, shape, device):
     assert len(by(implementation, swiglu_quantize, empty, empty, None, 256)) == 2
 
 
+@pytest.mark.triton
 def test_grids_fit_any_number_of_tokens(monkeypatch):
     gate = torch.empty(100_000, 12288, dtype=torch.bfloat16, device="meta")
     assert_grids_fit(monkeypatch, op, op.SwigluQuantizeCall(gate, gate, None, 256, keep_values=True))
@@ -244,6 +245,7 @@ def test_what_does_not_fit_is_refused():
         swiglu_quantize(gate, up, None, 256)
 
 
+@pytest.mark.triton
 def test_what_triton_refuses_is_computed_by_the_reference(device):
     gate, up = operands((2, 17408), torch.bfloat16, device)
     with (

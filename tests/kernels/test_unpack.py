@@ -80,8 +80,8 @@ def test_blocks_may_lie_anyhow(implementation, ggml_type, device, poison_empty):
         assert unpacked.shape == (*lying.shape[:-1], values.shape[1]) and torch.equal(unpacked.view_as(values), values)
 
 
+@pytest.mark.triton
 def test_what_triton_does_not_unpack_the_reference_does(device):
-    pytest.importorskip("triton")
     blocks = torch.randn(4, 8, device=device, dtype=torch.float16).view(torch.uint8)
     with use_implementation("triton_impl"):
         refusals = [
@@ -93,9 +93,9 @@ def test_what_triton_does_not_unpack_the_reference_does(device):
     assert torch.equal(unpack(blocks, "F16", torch.float32), blocks.view(torch.float16).float())
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("ggml_type", ["Q8_0", "Q4_K"])
 def test_the_largest_linears_grids_fit(ggml_type, monkeypatch):
-    pytest.importorskip("triton")
     stored = ggml.TYPES[ggml_type]
     blocks = torch.empty(4608, 53248 // stored.block_size * stored.type_size, dtype=torch.uint8, device="meta")
     assert_grids_fit(monkeypatch, op, op.UnpackCall(blocks, ggml_type, torch.bfloat16))

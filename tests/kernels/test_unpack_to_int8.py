@@ -146,8 +146,8 @@ def test_any_number_of_groups(ggml_type, rows, groups, device, poison_empty):
 # Limits
 
 
+@pytest.mark.triton
 def test_what_triton_does_not_rotate_the_reference_does(device):
-    pytest.importorskip("triton")
     blocks = next(iter(golden("Q4_K", device)))[:4]
     with use_implementation("triton_impl"):
         reason = op.OP.refusals(op.UnpackToInt8Call(blocks, "Q4_K", None, 64))["triton_impl"]
@@ -157,10 +157,10 @@ def test_what_triton_does_not_rotate_the_reference_does(device):
     )
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("rotation_group", [0, 256])
 @pytest.mark.parametrize("ggml_type", ["Q8_0", "Q4_K"])
 def test_the_largest_linears_grids_fit(ggml_type, rotation_group, monkeypatch):
-    pytest.importorskip("triton")
     stored = ggml.TYPES[ggml_type]
     blocks = torch.empty(4608, 53248 // stored.block_size * stored.type_size, dtype=torch.uint8, device="meta")
     row_scale = torch.empty(4608, 1, device="meta")
