@@ -17,9 +17,11 @@ BRANCHES = (CONDITIONAL, UNCONDITIONAL)
 # The prefixes that two-branch files use, conditional first.
 BRANCH_PREFIXES = (("conditional.", "unconditional."), ("cond.", "uncond."))
 
-# Prefixes that exporters put before every key of a diffusion model. The host strips some of them itself; they are
-# stripped here because a file is compared with its base checkpoint key by key.
-MODEL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# Prefixes that exporters put before every key of a diffusion model, and how many keys may begin so without meaning it.
+# All but the second are the host's own (`unet_prefix_from_state_dict` of comfy.model_detection).
+MODEL_PREFIXES = {"model.diffusion_model.": 0, "diffusion_model.": 0, "model.model.": 5, "net.": 5, "model.": 0}
+# How a U-Net of SDXL's kind was trained: the host reads these beside the model, whose keys have the prefix.
+SAMPLING_KEYS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 T = TypeVar("T")
 
@@ -58,14 +60,15 @@ def split_branches(path: str | os.PathLike, tensors: Mapping[str, T]) -> dict[st
 
 
 def strip_model_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The tensors under the first of MODEL_PREFIXES that any key has, without it; all tensors when none has one.
+    """The tensors under the first of MODEL_PREFIXES that enough keys have, without it, and those of SAMPLING_KEYS; all
+    tensors when there is none.
 
     Beside such keys lie the other models of an all-in-one checkpoint.
     """
-    for prefix in MODEL_PREFIXES:
+    for prefix, stray in MODEL_PREFIXES.items():
         stripped = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        if stripped:
-            return stripped
+        if len(stripped) > stray:
+            return stripped | {key: tensors[key] for key in SAMPLING_KEYS if key in tensors}
     return dict(tensors)
 
 

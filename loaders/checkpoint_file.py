@@ -35,6 +35,13 @@ def open_checkpoint(path: str | os.PathLike, open_file: Callable[..., MappedFile
 
 
 def _checked_container(path: str, head: bytes) -> str:
+    if path.lower().endswith(".index.json"):
+        raise CheckpointError(
+            path,
+            found="the index of a model split into several files",
+            expected="a whole model in one file",
+            todo="Download the file that is not split, as ComfyUI itself needs it, or merge the parts.",
+        )
     suffix = os.path.splitext(path)[1].lower()
     expected, found = _CONTAINERS.get(suffix), container_of(head)
     if expected is not None and found == expected:

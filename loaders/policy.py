@@ -14,7 +14,9 @@ SMALLEST_DIMENSION = 256
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 # Computed for one token, or no product.
 _ONE_TOKEN = re.compile(
-    r"adaln|modulation|(^|[._])mod([._]|$)|norm|embed|distilled_guidance|param_generator|emb_layers", re.IGNORECASE
+    r"adaln|modulation|(^|[._])mod[cx]{0,2}([._]|$)|norm|embed|(time|label)_emb|emb_layers|distilled_guidance"
+    r"|param_generator",
+    re.IGNORECASE,
 )
 
 

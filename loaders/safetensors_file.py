@@ -48,11 +48,10 @@ DTYPES = {
 }
 MAX_HEADER_BYTES = 100_000_000
 MAX_METADATA_KEYS = 20_000
-# Text with escapes or beyond ASCII can take several times its size in memory: a header this large has neither.
-MAX_RICH_HEADER_BYTES = 8 * 2**20
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _ENTRY = re.compile(r"\{[^{}]{0,1000}\}")
 _SPACE = re.compile(r"[ \t\r\n]*")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _DECODER = json.JSONDecoder()
 
 
@@ -76,18 +75,15 @@ def _read_header(file: MappedFile) -> tuple[str, int]:
     if 8 + size_bytes > file.size_bytes:
         raise incomplete(file, 8 + size_bytes)
     raw = file.read(8, size_bytes)
-    if size_bytes > MAX_RICH_HEADER_BYTES and (b"\\" in raw or not raw.isascii()):
-        expected = f"at most {MAX_RICH_HEADER_BYTES:,} with escapes or text beyond ASCII"
-        raise damaged(file, f"a header of {size_bytes:,} bytes", expected)
-    try:
-        return raw.decode("utf-8"), 8 + size_bytes
-    except UnicodeDecodeError as error:
-        found = f"a header that is not UTF-8 text (byte {error.start:,})"
-        raise damaged(file, found, "a safetensors header") from error
+    # One character for each byte: a single letter beyond Latin-1 would make the whole text two or four times as large.
+    return raw.decode("latin-1"), 8 + size_bytes
 
 
 class _Header:
-    """A pass over the header text; `tensors` and `metadata` fill as it goes."""
+    """A pass over the header text; `tensors` and `metadata` fill as it goes.
+
+    text: one character for each byte. Strings are read as UTF-8 one by one.
+    """
 
     def __init__(self, file: MappedFile, text: str, data_start: int):
         self.tensors: dict[str, StoredTensor] = {}
@@ -131,9 +127,9 @@ class _Header:
             if self._text[self._position : self._position + 1] != '"':
                 found = f"a value of {quoted(key)} in '__metadata__' that is not a text"
                 raise damaged(self._file, found, "only texts")
-            value = self._string()
+            start, end, value = self._span()
             fits = self._budget.take(100 + 4 * (len(key) + len(value)))
-            self.metadata[key] = value if fits else Omitted("string", len(value))
+            self.metadata[key] = self._utf8(start, end, value) if fits else Omitted("string", len(value))
 
     def _parse_tensor(self, name: str) -> None:
         check_name(self._file, name)
@@ -200,15 +196,34 @@ class _Header:
         return tuple(value)
 
     def _string(self) -> str:
+        return self._utf8(*self._span())
+
+    def _span(self) -> tuple[int, int, str]:
+        """Where the string at the current position starts and ends, and its value, with one character for each byte
+        beyond ASCII."""
         if self._text[self._position : self._position + 1] != '"':
             raise self._bad_json("a name")
+        start = self._position
         try:
-            value, self._position = _DECODER.raw_decode(self._text, self._position)
-            value.encode("utf-8")
-        except ValueError as error:  # also half of a surrogate pair, which no log can print
+            value, end = _DECODER.raw_decode(self._text, start)
+        except ValueError as error:
             raise self._bad_json("a name") from error
+        if _SURROGATE.search(value):  # half of a pair, which no log can print
+            raise self._bad_json("a name")
+        self._position = end
         self._skip_space()
-        return value
+        return start, end, value
+
+    def _utf8(self, start: int, end: int, value: str) -> str:
+        """What a string of `_span` says."""
+        written = self._text[start:end]
+        if written.isascii():
+            return value
+        try:
+            return json.loads(written.encode("latin-1").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            found = f"a header that is not UTF-8 text (byte {start + error.start:,})"
+            raise damaged(self._file, found, "a safetensors header") from error
 
     def _expect(self, character: str, place: str) -> None:
         if not self._next_is(character):
@@ -225,7 +240,7 @@ class _Header:
         self._position = _SPACE.match(self._text, self._position).end()
 
     def _bad_json(self, place: str) -> CheckpointError:
-        around = self._text[self._position : self._position + 24]
+        around = self._text[self._position : self._position + 24].encode("latin-1").decode("utf-8", "replace")
         return damaged(
             self._file,
             f"{quoted(around)} at character {self._position:,} of the header ({place})",

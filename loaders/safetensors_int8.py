@@ -26,6 +26,8 @@ Weights = dict[str, "torch.Tensor | QuantizedWeight"]
 
 INT8_FORMATS = ("int8_tensorwise", "lowbit_int8_smooth")
 FP8_FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+# Formats of the host's that nothing here reads.
+OTHER_FORMATS = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "convrot_w4a4": "INT4 (ConvRot)"}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Integers that no format explains; a model's own integer tensors are no `weight` of two dimensions.
 UNEXPLAINED = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
@@ -156,6 +158,14 @@ def _marked(module: _Module, marker: dict) -> QuantizedWeight:
         ggml_type = ggml.ggml_type_of_format(name)
         blocks = module.take_matrix("weight")
         return GgmlWeight(blocks, (blocks.shape[0], ggml.logical_K(ggml_type, blocks.shape[1])), ggml_type)
+    if isinstance(name, str) and name in OTHER_FORMATS:
+        raise CheckpointError(
+            module.path,
+            found=f"the layer {module.name} in {OTHER_FORMATS[name]}, which Lowbit does not read",
+            expected="INT8, FP8, GGUF or unquantized layers",
+            todo="Load the file with ComfyUI's Load Diffusion Model node, or take a BF16, FP8, INT8 or GGUF file "
+            "of the model.",
+        )
     known = [*INT8_FORMATS, *FP8_FORMATS, "gguf_*"]
     raise module.error(f"the unknown quantization type {quoted(name)}", f"one of {', '.join(known)}")
 

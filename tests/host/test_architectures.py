@@ -103,6 +103,52 @@ def test_another_architecture_samples_what_its_file_means(comfy_host, tmp_path, 
         assert float((latent - original).norm() / original.norm()) < (0.15 if "fp8" in layout else 0.05)
 
 
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.model.", "net.", "model."])
+def test_a_whole_checkpoint_is_the_model_under_the_hosts_prefix(comfy_host, tmp_path, prefix):
+    from lowbit.host.model import NONE, LoadRequest, load_pair
+    from lowbit.loaders.branch import load_branch
+
+    floats = small.flux()
+    beside = {
+        "text_encoders.pile_t5xl.layers.0.self_attn.q_proj.weight": torch.randn(256, 256),
+        "text_encoders.pile_t5xl.embed_tokens.weight": torch.randn(8, 256),
+        "vae.decoder.conv_in.weight": torch.randn(8, 4, 3, 3),
+    }
+    whole = {prefix + key: value for key, value in floats.items()} | beside
+    assert comfy_host.module("comfy.model_detection").unet_prefix_from_state_dict(whole) == prefix
+    bare_path, path = tmp_path / "bare.safetensors", tmp_path / "whole.safetensors"
+    small.save(bare_path, floats, torch.bfloat16)
+    small.save(path, whole, torch.bfloat16)
+    assert load_branch(path).weights.keys() == floats.keys()
+    models = [load_pair(LoadRequest(str(p), quantize=True, dtype="fp32"), NONE)[0] for p in (bare_path, path)]
+    positive = comfy_host.conditioning(**MODELS["flux"][1])
+    bare, latent = (comfy_host.sample(model, positive=positive, width=128, height=128) for model in models)
+    assert torch.equal(latent, bare)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({}, "EPS"),
+        ({"v_pred": [], "ztsnr": []}, "V_PREDICTION"),
+        ({"edm_vpred.sigma_max": 120.0, "edm_vpred.sigma_min": 0.002}, "V_PREDICTION_EDM"),
+        ({"edm_mean": [0.0], "edm_std": [1.0]}, "EDM"),
+    ],
+)
+def test_a_whole_sdxl_says_how_it_was_trained(comfy_host, tmp_path, flags, expected):
+    """Beside the model, whose keys have the prefix. What the host reads is the same as in the whole file."""
+    from lowbit.loaders.branch import load_branch
+
+    model = {f"model.diffusion_model.{index}.weight": torch.ones(4) for index in range(6)}
+    whole = model | {key: torch.tensor(value) for key, value in flags.items()}
+    weights = load_branch(small.save(tmp_path / "sdxl.safetensors", whole)).weights
+    host_model = comfy_host.module("comfy.supported_models").SDXL
+    read = [host_model({}) for _ in range(2)]
+    found = [model.model_type(tensors).name for model, tensors in zip(read, (whole, weights), strict=True)]
+    assert found == [expected, expected]
+    assert read[0].sampling_settings == read[1].sampling_settings
+
+
 def test_same_file_of_a_model_with_one_weight_set_is_ordinary_cfg(comfy_host, tmp_path):
     from lowbit.host.model import SAME_FILE, LoadRequest, load_pair
 

@@ -19,15 +19,28 @@ def test_both_branches_come_without_prefixes(prefixes, model_prefix):
     assert branches["unconditional"] == dict(zip(MODULES, (3, 4, 5), strict=True))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
 def test_a_file_without_branches_is_one_branch(prefix):
     assert split_branches("f", {prefix + key: 0 for key in MODULES}) == {"only": dict.fromkeys(MODULES, 0)}
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model."])
 def test_what_lies_beside_the_diffusion_model_is_left_out(prefix):
-    keys = (prefix + "a.weight", "first_stage_model.b.weight", "text_encoders.t5.c.weight", "a.weight")
-    assert split_branches("f", {key: key for key in keys}) == {"only": {"a.weight": keys[0]}}
+    keys = [f"{prefix}{index}.weight" for index in range(6)]
+    beside = ["first_stage_model.b.weight", "text_encoders.t5.model.c.weight", "0.weight"]
+    expected = {key.removeprefix(prefix): key for key in keys}
+    assert split_branches("f", {key: key for key in keys + beside}) == {"only": expected}
+
+
+def test_a_few_keys_are_of_a_module_called_net():
+    tensors = dict.fromkeys([f"net.{index}.weight" for index in range(5)] + ["layers.0.a.weight"], 0)
+    assert split_branches("f", tensors) == {"only": tensors}
+
+
+def test_how_an_sdxl_was_trained_stays_with_the_model():
+    flags = dict.fromkeys(["v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"], 1)
+    tensors = {"model.diffusion_model.a.weight": 0, "first_stage_model.b.weight": 0, **flags}
+    assert split_branches("f", tensors) == {"only": {"a.weight": 0, **flags}}
 
 
 def test_branches_under_one_model_prefix():

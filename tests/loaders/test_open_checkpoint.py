@@ -77,6 +77,11 @@ REFUSED = {
         r"found a web page behind the extension \.gguf, expected a GGUF file\. Download",
     ),
     "json": ("a.safetensors", b'{"error": "not authorized"}', "found a JSON text behind"),
+    "index": (
+        "a.safetensors.index.json",
+        b'{"weight_map": {"w": "a-00001-of-00002.safetensors"}}',
+        "found the index of a model split into several files, expected a whole model in one file. Download the file",
+    ),
     "lfs": (
         "a.safetensors",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",

@@ -19,7 +19,12 @@ def test_the_products_inside_blocks_are_quantized_and_nothing_else(state_dict):
         "distilled_guidance_layer.layers.0.in_layer",  # Chroma
         "nerf_blocks.0.param_generator",  # Chroma Radiance
         "input_blocks.1.0.emb_layers.1",  # SDXL
+        "label_emb.0.0",
+        "down_blocks.1.resnets.0.time_emb_proj",  # a U-Net under diffusers' names
         "double_blocks.0.img_mod.lin",  # Flux
+        "double_layers.0.modC.1",  # AuraFlow
+        "double_layers.0.modX.1",
+        "single_layers.0.modCX.1",
     ],
 )
 def test_what_gives_modulation_stays(name):

@@ -1,3 +1,5 @@
+import json
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -57,6 +59,16 @@ def test_huge_metadata_is_left_in_the_file(tmp_path):
     header = {**ONE, "__metadata__": {"picture": "A" * 2**23, "small": "s"}}
     file = open_checkpoint(write(tmp_path, "x.sft", safetensors_bytes(header, bytes(4))))
     assert file.metadata == {"picture": Omitted("string", 2**23), "small": "s"}
+
+
+def test_a_large_header_with_text_of_every_kind(tmp_path):
+    title = 'ä 模型 🙂 "quoted"\n'
+    header = {"ä🙂": ONE["w"], "__metadata__": {"picture": "ä" + "A" * 9 * 2**20, "title": title}}
+    for ensure_ascii in (True, False):
+        raw = json.dumps(header, ensure_ascii=ensure_ascii).encode()
+        file = open_checkpoint(write(tmp_path, f"{ensure_ascii}.sft", safetensors_bytes(raw, bytes(4))))
+        assert list(file.tensors) == ["ä🙂"]
+        assert file.metadata["title"] == title and isinstance(file.metadata["picture"], Omitted)
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
@@ -179,10 +191,11 @@ REFUSED = {
         "that the tensors 'w' and 'v' overlap",
     ),
     "no_tensors": (safetensors_bytes({"__metadata__": {}}), "found no tensors"),
-    "rich_large_header": (
-        safetensors_bytes(b'{"__metadata__":{"a":"' + "ä".encode() * 2**22 + b'z"}}'),
-        "a header of 8,388,6.* with escapes or text",
+    "not_utf8_later": (
+        safetensors_bytes(b'{"__metadata__":{"a":"\xc3\xa4","b":"\xc3"}}'),
+        r"not UTF-8 text \(byte 31\)",
     ),
+    "not_json_beyond_ascii": (safetensors_bytes("{ä".encode()), "found 'ä' at character 1 of the header"),
 }
 
 

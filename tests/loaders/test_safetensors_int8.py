@@ -245,6 +245,17 @@ def test_what_contradicts_itself_is_refused_with_a_sentence(tensors, text):
     assert str(refused.value).startswith("model.safetensors: found ") and text in str(refused.value)
 
 
+@pytest.mark.parametrize("name, said", [("nvfp4", "NVFP4"), ("mxfp8", "MXFP8"), ("convrot_w4a4", "INT4 (ConvRot)")])
+def test_a_format_of_the_hosts_that_is_not_read_is_named(name, said):
+    packed = torch.zeros(N, K // 2, dtype=torch.uint8)
+    scale = torch.ones(N, K // 16).to(torch.float8_e4m3fn)
+    tensors = {"m.weight": packed, "m.weight_scale": scale, "m.weight_scale_2": torch.ones(())}
+    with pytest.raises(CheckpointError) as refused:
+        read({**tensors, "m.comfy_quant": marker(format=name)})
+    text = f"found the layer m in {said}, which Lowbit does not read, expected INT8, FP8, GGUF or unquantized layers. "
+    assert f"{text}Load the file with ComfyUI's Load Diffusion Model node" in str(refused.value)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "1", "{}", '{"layers": 1}', '{"layers": {"m": []}}', "[" * 10**5])
 def test_metadata_that_cannot_be_read_is_refused(text):
     with pytest.raises(CheckpointError, match="quantization metadata that cannot be read"):
