@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from ..formats import Int8Weight
 from .dispatch import named_implementation
 
 # Below this, Triton 3.6 cannot compile an int8 product at all (tried for compute capability 7.5).
@@ -25,10 +26,32 @@ def triton_refusal(device: torch.device) -> str | None:
         capability = device_capability(device)
         if capability < OLDEST_CAPABILITY:
             return f"needs compute capability {_version(OLDEST_CAPABILITY)}, found {_version(capability)}"
-        return None
+        return _launch_failure(device)
     if device.type == "cpu" and interpreted() and named_implementation() == "triton_impl":
         return None
     return f"needs a CUDA device, found {device.type}"
+
+
+@functools.cache
+def _launch_failure(device: torch.device) -> str | None:
+    """Why no kernel can be built and launched on this device, or None: only then it shows that there is no C compiler
+    or that Triton is older than the GPU."""
+    try:
+        _launch(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler, an assembler or a driver, each with its own
+        return f"cannot build a kernel here: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def _launch(device: torch.device) -> None:
+    """The smallest of the kernels."""
+    from .unpack_int8 import UnpackInt8Call, triton_impl
+
+    wq = torch.zeros(1, 16, dtype=torch.int8, device=device)
+    weight = Int8Weight(wq, (1, 16), torch.ones(1, 1, device=device))
+    triton_impl.run(UnpackInt8Call(weight, torch.float32))
 
 
 def interpreted() -> bool:

@@ -43,8 +43,26 @@ def use_implementation(name: str) -> Iterator[None]:
         _named.reset(token)
 
 
+def _alone(function: Callable) -> Callable:
+    """The function without its caller's gradients and autocast: implementations would differ in what they record, and
+    a product of integers in bfloat16 is none."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **keywords: Any) -> Any:
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                return function(*args, **keywords)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return function(*args, **keywords)
+        return function(*args, **keywords)
+
+    return run
+
+
 class custom_op:  # noqa: N801, a decorator
-    """Registers `torch.ops.lowbit.<name>` from a function with annotated arguments; `register_fake` adds its fake.
+    """Registers `torch.ops.lowbit.<name>` from a function with annotated arguments; `register_fake` adds its fake. No
+    op has gradients.
 
     `torch.library.custom_op` does the same and checks on every call that no result aliases an argument. That takes
     longer than launching a kernel, and the ops' tests check it.
@@ -55,8 +73,14 @@ class custom_op:  # noqa: N801, a decorator
 
     def __call__(self, function: Callable) -> custom_op:
         schema = torch.library.infer_schema(function, mutates_args=())
-        _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(self.name, function, "CompositeExplicitAutograd")
+        try:
+            _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Lowbit's kernels are already loaded in this process (the op lowbit::{self.name} exists): there is a "
+                "second copy of them, in another folder of custom_nodes or inside another pack. Remove one."
+            ) from error
+        _library.impl(self.name, _alone(function), "CompositeExplicitAutograd")
         return self
 
     def register_fake(self, function: Callable) -> None:

@@ -6,6 +6,7 @@ per token and uses the INT8 product. Which calls INT8 pays for:
 | call | computed as | why |
 | --- | --- | --- |
 | at most 16 tokens, INT8 weight | int8 codes times float activations, in both modes | bound by reading weights |
+| the same, smoothed or rotated, of fp16 | `exact` | fp16 may not hold what is smoothed or rotated |
 | at most 16 tokens, GGML weight | `exact`, blocks decoded within the product | the same |
 | 17 tokens and more | the mode asked for | INT8 units have at least twice the rate of bf16 |
 | `auto`, INT8 weight | `int8` with the Triton kernels, else `exact` | else quantizing costs more than it saves |
@@ -35,6 +36,7 @@ from .unpack_to_int8 import find_row_scale
 
 LowRank = tuple[torch.Tensor, torch.Tensor]  # hidden [..., R] and up [N, R]
 
+MODES = ("exact", "int8")
 SMALL_M = weight_only.LARGEST_M
 SMALLEST_EXACT_BITS = 6
 ROTATION_GROUP = 256
@@ -59,8 +61,11 @@ def has_fused_kernels(device: torch.device) -> bool:
 
 
 def wants_int8(x: torch.Tensor, mode: str) -> bool:
-    """Whether a call with activations x [..., K] is computed by the INT8 product in this mode."""
-    return mode == "int8" and x.numel() // x.shape[-1] > SMALL_M
+    """Whether a call with activations x [..., K] is computed by the INT8 product in this mode: not one whose gradients
+    are asked for, which quantized activations have none of. Raises ValueError for a mode that is none."""
+    if mode not in MODES:
+        raise ValueError(f"compute mode {mode!r}: expected {' or '.join(MODES)}; see `fastest_mode` for `auto`")
+    return mode == "int8" and x.numel() // x.shape[-1] > SMALL_M and not x.requires_grad
 
 
 def int8_weight_linear(
@@ -79,13 +84,19 @@ def int8_weight_linear(
     if wants_int8(x, mode):
         xq, x_scale = quantize_per_token(x, weight.smooth, weight.rotation_group)
         return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype, tune, low_rank)
-    if x.numel() <= SMALL_M * x.shape[-1] and not x.requires_grad:
+    overflows = x.dtype == torch.float16 and (weight.smooth is not None or weight.rotation_group != 0)
+    if x.numel() <= SMALL_M * x.shape[-1] and not x.requires_grad and not overflows:
         if weight.smooth is not None:
             x = (x.float() * weight.smooth).to(x.dtype)
         if weight.rotation_group:
             x = rotate(x.float(), weight.rotation_group).to(x.dtype)
         return add_low_rank(weight_only.weight_only_int8_linear(x, weight.data, weight.scale, bias), low_rank)
-    return add_low_rank(torch.nn.functional.linear(x, unpack_int8(weight, x.dtype), bias), low_rank)
+    return add_low_rank(_linear(x, unpack_int8(weight, x.dtype), bias), low_rank)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The library's product with a bias of any dtype."""
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def ggml_weight_linear(
@@ -106,7 +117,7 @@ def ggml_weight_linear(
         xq, x_scale = quantize_per_token(x, None, row_rotation_group(weight))
         return ggml_weight_linear_of_codes(xq, x_scale, weight, bias, x.dtype, row_scale, tune, low_rank)
     if x.requires_grad:
-        y = torch.nn.functional.linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)
+        y = _linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)
     else:
         y = ggml_linear(x, weight.data, weight.ggml_type, bias)
     return add_low_rank(y, low_rank)

@@ -38,6 +38,10 @@ def ggml_int8_linear(
             f"ggml_int8_linear needs int8 xq and uint8 blocks [N, row bytes], got {xq.dtype} and {blocks.dtype} "
             f"{tuple(blocks.shape)}"
         )
+    if xq.device != blocks.device:
+        raise ValueError(
+            f"ggml_int8_linear needs its operands on one device, got xq on {xq.device} and blocks on {blocks.device}"
+        )
     if ggml.logical_K(ggml_type, blocks.shape[1]) != K or K >= 131072:
         raise ValueError(
             f"ggml_int8_linear: xq {tuple(xq.shape)} and {ggml_type} blocks {tuple(blocks.shape)} do not share a K "

@@ -36,6 +36,10 @@ def ggml_linear(
             f"ggml_linear needs float x and uint8 blocks [N, row bytes], got {x.dtype} and {blocks.dtype} "
             f"{tuple(blocks.shape)}"
         )
+    if x.device != blocks.device:
+        raise ValueError(
+            f"ggml_linear needs its operands on one device, got x on {x.device} and blocks on {blocks.device}"
+        )
     if ggml.logical_K(ggml_type, blocks.shape[1]) != K:
         raise ValueError(
             f"ggml_linear: x {tuple(x.shape)} and {ggml_type} blocks {tuple(blocks.shape)} do not share K: the rows "

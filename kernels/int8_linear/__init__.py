@@ -74,6 +74,10 @@ def int8_linear(
     K, N = xq.shape[-1], wq.shape[0]
     if xq.dtype != torch.int8 or wq.dtype != torch.int8:
         raise ValueError(f"int8_linear needs int8 operands, got xq {xq.dtype} and wq {wq.dtype}")
+    if xq.device != wq.device:
+        raise ValueError(f"int8_linear needs its operands on one device, got xq on {xq.device} and wq on {wq.device}")
+    if not out_dtype.is_floating_point:
+        raise ValueError(f"int8_linear gives a floating dtype, not {out_dtype}")
     if wq.dim() != 2 or wq.shape[1] != K:
         raise ValueError(f"int8_linear: xq {tuple(xq.shape)} and wq {tuple(wq.shape)} do not share K")
     if K >= 131072:

@@ -1,8 +1,8 @@
 """The launch configurations of the INT8 product: what is worth trying for an architecture and a number of tokens.
 
-The first of a list is used where nothing is tuned. Measured on an H200 (sm_90) and compiled for the others without
-spills; a block of sm_86, 89 and 120 has 99 KB of shared memory. Triton compiles no int8 product for sm_75: it uses
-PyTorch's.
+The first of a list is used where nothing is tuned. Measured on an H200 (sm_90) and compiled for sm_80, 86 and 89
+without spills; a block of sm_86, 89 and 120 has 99 KB of shared memory. Triton compiles no int8 product for sm_75: it
+uses PyTorch's.
 """
 
 from __future__ import annotations

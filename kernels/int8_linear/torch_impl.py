@@ -6,6 +6,7 @@ On CUDA `_int_mm` wants more than 16 rows and K and N in multiples of 8; shapes 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,8 @@ def supports(call: Int8LinearCall) -> str | None:
     """The reason this implementation cannot run the call, or None."""
     if call.device.type not in ("cpu", "cuda"):
         return f"needs the CPU or a CUDA device, found {call.device.type}"
+    if call.device.type == "cpu" and not _is_exact_on_the_cpu():
+        return "needs a CPU with VNNI, whose sums are exact"
     if call.device.type == "cuda":
         capability = device_capability(call.device)
         if torch.version.hip is None and capability < (7, 5):
@@ -32,6 +35,13 @@ def supports(call: Int8LinearCall) -> str | None:
         if call.K % 8 or call.N % 8:
             return f"needs K and N in multiples of 8 on CUDA, found K={call.K}, N={call.N}"
     return None
+
+
+@functools.cache
+def _is_exact_on_the_cpu() -> bool:
+    """Whether `_int_mm` sums exactly: without VNNI oneDNN adds pairs of products in 16 bits, which saturate."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
 
 
 def run(call: Int8LinearCall) -> torch.Tensor:

@@ -35,6 +35,10 @@ def weight_only_int8_linear(
     K, N = x.shape[-1], wq.shape[0]
     if not x.dtype.is_floating_point or wq.dtype != torch.int8:
         raise ValueError(f"weight_only_int8_linear needs float x and int8 wq, got {x.dtype} and {wq.dtype}")
+    if x.device != wq.device:
+        raise ValueError(
+            f"weight_only_int8_linear needs its operands on one device, got x on {x.device} and wq on {wq.device}"
+        )
     if wq.dim() != 2 or wq.shape[1] != K:
         raise ValueError(f"weight_only_int8_linear: x {tuple(x.shape)} and wq {tuple(wq.shape)} do not share K")
     if x.numel() > LARGEST_M * K:

@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+import torch
 from lowbit.kernels import dispatch, int8_linear  # noqa: F401  (an op with other implementations' names)
 from lowbit.kernels.dispatch import Op, use_implementation
 
@@ -86,3 +87,12 @@ def test_the_choice_is_logged_once_with_the_refusals(op, caplog, monkeypatch):
     lines = [line for line in caplog.messages if "fake_op is computed by" in line]
     assert len(lines) == 1 and lines[0].startswith("Lowbit: fake_op is computed by slow (missing failed to import")
     assert "needs an even call, found 5" in lines[0]
+
+
+def test_a_second_copy_of_the_kernels_says_so():
+    """As where the pack lies in two folders of custom_nodes."""
+    with pytest.raises(RuntimeError, match=r"already loaded in this process \(the op lowbit::int8_linear exists\)"):
+
+        @dispatch.custom_op("int8_linear")
+        def again(x: torch.Tensor) -> torch.Tensor:
+            return x

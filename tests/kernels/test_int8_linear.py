@@ -1,3 +1,9 @@
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from lowbit.kernels import int8_linear as op
@@ -8,6 +14,7 @@ from lowbit.tests.kernels.comparing import INTERPRETER_WARNING, assert_grids_fit
 
 pytestmark = pytest.mark.filterwarnings(INTERPRETER_WARNING)
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHAPES = [
     *((1, 64, 256), (17, 331, 528), (33, 40, 24), (128, 256, 512), (20, 16, 4608)),
     *((1, 1, 1), (5, 7, 33), (130, 259, 129), (40, 24, 2051)),
@@ -383,10 +390,35 @@ def test_what_does_not_fit_is_refused():
         int8_linear(xq, x_scale.flatten(), wq, w_scale)
     with pytest.raises(ValueError, match=r"bias must have shape \(8,\), got \(7,\)"):
         int8_linear(xq, x_scale, wq, w_scale, bias[:7])
+    with pytest.raises(ValueError, match=r"gives a floating dtype, not torch\.int32"):
+        int8_linear(xq, x_scale, wq, w_scale, None, torch.int32)
+    with pytest.raises(ValueError, match="needs its operands on one device, got xq on cpu and wq on meta"):
+        int8_linear(xq, x_scale, wq.to("meta"), w_scale)
     with pytest.raises(ValueError, match="K=131072 could overflow"):
         int8_linear(
             torch.zeros(1, 131072, dtype=torch.int8), x_scale[:1], torch.zeros(1, 131072, dtype=torch.int8), w_scale
         )
+
+
+# Prints what the op says of a product by oneDNN for an older CPU, and whether its own is exact.
+PRODUCT_ON_AN_OLD_CPU = """
+import sys
+sys.path.insert(0, "tests")
+import conftest
+import torch
+from lowbit.kernels import int8_linear as op
+ones, codes = torch.ones(32, 1), torch.full((32, 64), 127, dtype=torch.int8)
+print(op.OP.refusals(op.Int8LinearCall(codes, ones, codes, ones, None, torch.float32))["torch_impl"])
+print(bool((op.int8_linear(codes, ones, codes, ones, None, torch.float32) == 64 * 127**2).all()))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="limits oneDNN to an older x86 CPU")
+def test_a_cpu_whose_sums_saturate_is_refused():
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", PRODUCT_ON_AN_OLD_CPU]
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert told.stdout.splitlines() == ["needs a CPU with VNNI, whose sums are exact", "True"], told.stderr
 
 
 @pytest.mark.triton

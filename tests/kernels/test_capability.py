@@ -1,0 +1,54 @@
+"""Why Triton does not run somewhere, as it is told in the log and in Inspect Quantized Model."""
+
+import pytest
+import torch
+from lowbit.kernels import capability
+from lowbit.kernels.quantized_linear import has_fused_kernels
+
+pytestmark = pytest.mark.triton
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """launch(function) stands for what happens when the first kernel is built on a GPU of compute capability 8.6."""
+    monkeypatch.setattr(capability, "device_capability", lambda device: (8, 6))
+    capability._launch_failure.cache_clear()
+    yield lambda function: monkeypatch.setattr(capability, "_launch", function)
+    capability._launch_failure.cache_clear()
+
+
+def failing(error):
+    def launch(device):
+        raise error
+
+    return launch
+
+
+def test_a_kernel_that_can_be_launched(launch):
+    launch(lambda device: None)
+    assert capability.triton_refusal(GPU) is None and has_fused_kernels(GPU)
+
+
+def test_a_machine_without_a_compiler(launch):
+    launch(failing(RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")))
+    assert capability.triton_refusal(GPU) == (
+        "cannot build a kernel here: RuntimeError: Failed to find C compiler. Please specify via CC environment "
+        "variable."
+    )
+    assert not has_fused_kernels(GPU)
+    launch(lambda device: None)
+    assert not has_fused_kernels(GPU), "it is tried once"
+
+
+def test_no_memory_says_nothing_about_kernels(launch):
+    launch(failing(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        capability.triton_refusal(GPU)
+    launch(lambda device: None)
+    assert capability.triton_refusal(GPU) is None
+
+
+def test_the_kernel_that_is_tried(device):
+    """In the interpreter, where there is no GPU."""
+    capability._launch(device)
