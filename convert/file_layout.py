@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,3 +27,13 @@ class FileLayout:
     header: bytes
     offsets: dict[str, int]
     size_bytes: int
+
+
+def check_names(tensors: Iterable[OutputTensor]) -> None:
+    """Raises ValueError for a name that occurs twice: one of the tensors would be lost in any reader."""
+    counts = collections.Counter(tensor.name for tensor in tensors)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"{twice[0]}: found two tensors to write under this name, expected one. The source holds a tensor of its "
+            "own under a name that the result needs: remove it from the source."
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ..formats import GgmlWeight, ggml
 from ..formats.ggml.rows import USES_IMPORTANCE
 from ..loaders.branch import Branch
+from ..loaders.errors import quoted
 from ..loaders.ideogram4 import is_ideogram4
 from .file_layout import OutputTensor
 from .gguf_header import INTEGERS, tensor_size_bytes
@@ -34,21 +36,38 @@ _STORED = {
     torch.int32: "I32",
     torch.int64: "I64",
 }
+# Up to so many elements F32 costs nothing. HiDream's gates of experts have 4 x 2560 and are read by no linear layer.
+_SMALL = 2**14
 # Names by which files in circulation call an architecture, and a tensor that only it has.
 _ARCHITECTURES = {
+    "aura": "double_layers.0.modX.1.weight",
+    "cosmos": "blocks.0.adaln_modulation_cross_attn.1.weight",
+    "hyvid": "txt_in.individual_token_refiner.blocks.0.norm1.weight",  # before flux, whose name it may have
     "flux": "double_blocks.0.img_attn.norm.key_norm.scale",
+    "hidream": "caption_projection.0.linear.weight",
+    "ltxv": "patchify_proj.weight",
     "lumina2": "cap_embedder.1.weight",
     "qwen_image": "transformer_blocks.0.img_mod.1.weight",
+    "sd3": "joint_blocks.0.x_block.attn.qkv.weight",
+    "sdxl": "output_blocks.2.2.conv.weight",
     "wan": "blocks.0.self_attn.norm_q.weight",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufOptions:
-    """architecture: for `general.architecture`; None finds it, or leaves it out as many files do."""
+    """architecture: for `general.architecture`; None finds it, or leaves it out as many files do. Raises ValueError for
+    one that other programs would not take as a name."""
 
     policy: GgufPolicy
     architecture: str | None = None
+
+    def __post_init__(self):
+        if self.architecture is not None and not re.fullmatch(r"[a-z0-9_.-]+", self.architecture):
+            raise ValueError(
+                f"architecture: found {quoted(self.architecture)}, expected a name of small letters, digits, _, - and "
+                "dots, such as flux. Leave it out to have it found."
+            )
 
 
 def plan_gguf(part: Part, policy: GgufPolicy, device: torch.device | str = "cpu") -> list[TensorPlan]:
@@ -60,7 +79,7 @@ def plan_gguf(part: Part, policy: GgufPolicy, device: torch.device | str = "cpu"
     plans = []
     for key, weight in part.branch.weights.items():
         module = module_of(key)
-        is_kept = module in part.protected or not is_float(weight)
+        is_kept = module in part.protected or not is_float(weight) or 0 in weight.shape
         wanted = None if is_kept else policy.wanted(key, weight, module in part.quantized)
         stored = _stored_type(key, weight, wanted, policy)
         quantized_as = None if wanted in PLAIN else wanted
@@ -112,11 +131,22 @@ def _stored_type(key: str, weight, wanted: str | None, policy: GgufPolicy) -> st
         if weight.dtype not in _STORED:
             raise ValueError(f"{key}: found {weight.dtype}, which GGUF does not hold. Convert to INT8 safetensors.")
         return _STORED[weight.dtype]
+    if 0 in weight.shape:
+        return "F32"  # gguf-py reads no empty tensor of another type of floats
     K = matrix_shape(tuple(weight.shape))[1]
     for name in (wanted, FALLBACK) if wanted else ():
         if K % ggml.TYPES[name].block_size == 0:
             return name
-    return policy.rest or _STORED[kept_dtype(weight)]
+    if policy.rest is not None:
+        return policy.rest
+    stored = _STORED[kept_dtype(weight)]
+    return "F32" if stored == "BF16" and not _takes_bf16(key, tuple(weight.shape)) else stored
+
+
+def _takes_bf16(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether other programs read a tensor as BF16. ComfyUI-GGUF does in linear layers, embeddings and convolutions of
+    images; bare parameters, other convolutions and gates it loads as F32 or F16 alone."""
+    return key.endswith(".weight") and len(shape) in (2, 4) and math.prod(shape) > _SMALL
 
 
 def _plan(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from ..formats.ggml import TYPES, row_size_bytes
 from ..loaders.gguf import DEFAULT_ALIGNMENT, ORIGINAL_SHAPE
-from .file_layout import FileLayout, OutputTensor
+from .file_layout import FileLayout, OutputTensor, check_names
 
 VERSION = 3
 QUANTIZATION_VERSION = 2
@@ -34,6 +34,7 @@ def tensor_size_bytes(stored: str, shape: tuple[int, ...], element_bytes: int = 
 def gguf_layout(tensors: Iterable[OutputTensor], metadata: Mapping[str, Value]) -> FileLayout:
     """Tensors in the given order, each from a multiple of 32 bytes. Integers in metadata are u32, in lists i32."""
     tensors, metadata = list(tensors), dict(metadata)
+    check_names(tensors)
     infos, offsets, position = b"", {}, 0
     for tensor in tensors:
         shape = tensor.shape

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 
@@ -55,12 +55,23 @@ class Int8Options:
 def plan_int8(
     part: Part, options: Int8Options, factors: Mapping[str, Factors], device: torch.device | str = "cpu"
 ) -> list[TensorPlan]:
-    """What each weight of a branch becomes: the layers of `part.quantized` INT8. factors: of smoothing, by key."""
-    plans = []
+    """What each weight of a branch becomes: the layers of `part.quantized` INT8, and `leftovers` beside them nothing.
+    factors: of smoothing, by key."""
+    plans, dropped = [], set(leftovers(part.branch.weights, part.quantized))
     for key, weight in part.branch.weights.items():
+        if key in dropped:
+            continue
         make = _linear_plan if key.removesuffix(".weight") in part.quantized else _plain_plan
         plans.append(make(key, weight, options, factors.get(key), part.prefix, device))
     return plans
+
+
+def leftovers(weights: Mapping[str, object], quantized: Set[str]) -> list[str]:
+    """The keys of what lies beside the weights and biases of these layers. A scale beside a weight of floats belongs to
+    a quantization that it does not have: ComfyUI ignores it, and the INT8 weight gets one of its own under that name.
+    The loaders refuse any other tensor beside a quantized weight."""
+    modules = ((key, *key.rpartition(".")[::2]) for key in weights)
+    return [key for key, module, leaf in modules if module in quantized and leaf not in ("weight", "bias")]
 
 
 def rotation_group(K: int) -> int:

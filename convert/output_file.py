@@ -38,10 +38,10 @@ def check_targets(targets: Iterable[str], sources: Iterable[str], overwrite: boo
         if os.path.isdir(target):
             raise ValueError(f"{target}: found a folder, expected the name of a file to write.")
         _check_writable(target, existing)
-        if not os.path.exists(target):
+        if not os.path.lexists(target):
             continue
-        # Not by their names: some file systems know a file by many spellings.
-        if any(os.path.samefile(target, source) for source in sources):
+        # Not by their names: some file systems know a file by many spellings. A link may lead to nothing.
+        if os.path.exists(target) and any(os.path.samefile(target, source) for source in sources):
             raise ValueError(f"{target}: is read itself and cannot be the result: pick another name.")
         if not overwrite:
             raise _exists(target)
@@ -148,7 +148,7 @@ class OutputFile:
             self._file.close()
         except OSError as error:
             raise self._failed(error) from error
-        if os.path.exists(self.path) and not self._overwrite:
+        if os.path.lexists(self.path) and not self._overwrite:
             raise _exists(self.path)
 
     def commit(self) -> None:

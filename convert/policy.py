@@ -4,7 +4,11 @@ A policy file for GGUF, all entries but `default` optional:
 
     {"default": "Q4_K",                                    linear layers worth quantizing
      "layers": {"*.feed_forward.w2": "Q8_0"},              by pattern or name, first match first; any weight
-     "rest": "BF16"}                                       everything else; without it F16 stays F16, the rest is BF16
+     "rest": "BF16"}                                       everything else
+
+Without `rest`, F16 stays F16 and other matrices and convolutions are BF16. Norms, biases, parameters that are no
+`weight`, tensors of other than two or four dimensions and such of at most 16,384 elements are F32: other programs read
+these as F32 or F16 alone. An empty tensor is always F32.
 
 Patterns are compared with keys without `.weight`: `layers.0.ffn_norm1`, `input_proj.bias`. F32, F16 and BF16 count for
 any tensor of floats, the other types for weights of two and more dimensions alone: `layers.0.*` as Q8_0 leaves the
@@ -35,7 +39,8 @@ PLAIN = tuple(name for name, ggml_type in TYPES.items() if ggml_type.plain_dtype
 
 @dataclasses.dataclass(frozen=True)
 class GgufPolicy:
-    """default: the type of linear layers worth quantizing. layers: type by pattern. rest: a plain type or None."""
+    """default: the type of linear layers worth quantizing. layers: type by pattern. rest: a plain type, or None for the
+    one that other programs read."""
 
     default: str
     layers: Mapping[str, str] = dataclasses.field(default_factory=dict)

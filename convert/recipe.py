@@ -17,7 +17,8 @@ RECIPE = "lowbit.recipe"
 # A source's metadata about its own container, types and bytes, which its conversion does not share.
 _OF_THE_SOURCE = re.compile(
     r"format$|_quantization_metadata$|lowbit\.|gguf\.|comfy\.gguf\.|split\.|general\.(architecture|file_type|"
-    r"quantization_version|alignment)$|modelspec\.hash_sha256$|sshs_"
+    r"quantization_version|alignment)$|modelspec\.hash_sha256$|sshs_",
+    re.IGNORECASE,  # gguf-py has fields of its own, GGUF.version among them
 )
 _LONGEST_KEY = 1000  # in bytes; GGUF readers know limits
 

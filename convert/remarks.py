@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from ..loaders.branch import Branch
 from ..loaders.branches import branch_of_name
+from ..loaders.errors import counted
+from .int8 import leftovers
 from .recipe import branch_of_recipe
 from .request import Part
 
@@ -18,6 +20,12 @@ _DIFFUSERS = (
     ("noise_refiner.0.attention.to_k.weight",),  # Z-Image
     ("adaln_single.emb.timestep_embedder.linear_1.bias", "pos_embed.proj.bias"),  # PixArt
 )
+# A U-Net's, which ComfyUI renames without joining.
+_DIFFUSERS_UNET = "down_blocks.0.resnets.0.conv1.weight"
+# Known beside quantized weights: left out without a word where a weight of floats has them.
+_OF_QUANTIZATION = ("comfy_quant", "weight_scale", "scale_weight", "input_scale", "scale_input")
+# With the byte that ends it, what GGML's own reader has room for.
+_GGML_NAME_BYTES = 64
 
 
 def remarks(parts: Sequence[Part]) -> list[str]:
@@ -25,6 +33,9 @@ def remarks(parts: Sequence[Part]) -> list[str]:
     branches = [part.branch for part in parts]
     found = [_quantized(path, [each for each in branches if each.path == path]) for path in _paths(branches)]
     found += map(_diffusers, branches)
+    found += map(_diffusers_unet, parts)
+    found += map(_left_out, parts)
+    found.append(_long_name(parts))
     if len(_paths(branches)) == 2:
         found += map(_swapped, branches)
     return [remark for remark in found if remark is not None]
@@ -52,6 +63,44 @@ def _diffusers(branch: Branch) -> str | None:
         f"{os.path.basename(branch.path)} has the names of the diffusers library, such as {names[0]}: ComfyUI renames "
         "and joins such weights while loading, which quantized ones do not allow, so it will not load what becomes of "
         "them. Convert the file with the names of the model's original release."
+    )
+
+
+def _diffusers_unet(part: Part) -> str | None:
+    if _DIFFUSERS_UNET not in part.branch.weights or not _becomes_int8(part):
+        return None
+    return (
+        f"{os.path.basename(part.branch.path)} has the names of the diffusers library, such as {_DIFFUSERS_UNET}: "
+        "ComfyUI's own loader drops the scales of an INT8 file with such names and computes noise, without an error. "
+        "Load the result with Load Diffusion Model (INT8), or convert the file with the names of the model's original "
+        "release."
+    )
+
+
+def _left_out(part: Part) -> str | None:
+    if not _becomes_int8(part):
+        return None
+    found = [k for k in leftovers(part.branch.weights, part.quantized) if k.rpartition(".")[2] not in _OF_QUANTIZATION]
+    if not found:
+        return None
+    return (
+        f"{os.path.basename(part.branch.path)}: left out {counted(len(found), 'tensor')} of unknown meaning beside "
+        f"weights to quantize, such as {found[0]}. Protect the layer to keep them."
+    )
+
+
+def _becomes_int8(part: Part) -> bool:
+    return part.target.endswith(".safetensors")
+
+
+def _long_name(parts: Sequence[Part]) -> str | None:
+    names = (part.prefix + key for part in parts if not _becomes_int8(part) for key in part.branch.weights)
+    long = next((name for name in names if len(name.encode()) >= _GGML_NAME_BYTES), None)
+    if long is None:
+        return None
+    return (
+        f"{long}: GGML's own reader refuses a file with names of {_GGML_NAME_BYTES} bytes and more. ComfyUI's loaders "
+        "read it."
     )
 
 

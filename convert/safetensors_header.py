@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping
 
 from ..loaders.safetensors_file import DTYPES
-from .file_layout import FileLayout, OutputTensor
+from .file_layout import FileLayout, OutputTensor, check_names
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -15,6 +15,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def safetensors_layout(tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> FileLayout:
     """Tensors of wide elements first, as safetensors' own writer has it: each starts at a multiple of its elements."""
     ordered = sorted(tensors, key=lambda tensor: (-DTYPES[tensor.stored].itemsize, tensor.name))
+    check_names(ordered)
     entries, position = {"__metadata__": dict(metadata)}, 0
     for tensor in ordered:
         end = position + tensor.size_bytes

@@ -134,7 +134,9 @@ def _tensor(library, file, tensors, index: int) -> tuple[str, CTensor]:
     data, kind = library.ggml_get_data(library.ggml_get_tensor(tensors, name)), traits.type_name.decode()
     if kind == "f32" or kind in INTEGERS:
         dtype = INTEGERS.get(kind, torch.float32)
-        values = torch.frombuffer(bytearray(ctypes.string_at(data, size_bytes)), dtype=dtype)
+        values = torch.empty(0, dtype=dtype)  # torch takes no buffer of no bytes
+        if size_bytes:
+            values = torch.frombuffer(bytearray(ctypes.string_at(data, size_bytes)), dtype=dtype)
     else:
         values = torch.full((count,), float("nan"))
         traits.to_float(data, values.data_ptr(), count)

@@ -97,6 +97,7 @@ def test_several_types_in_one_file_and_shapes_beside_matrices(tmp_path, c_read):
         "shorts": torch.arange(5, dtype=torch.int16),
         "numbers": torch.arange(6, dtype=torch.int32),
         "steps": torch.arange(7),
+        "empty": torch.zeros(0),
     }
     floats = small.ideogram4()
     source = small.save(tmp_path / "m.safetensors", floats | extra)

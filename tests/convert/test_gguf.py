@@ -94,7 +94,66 @@ def test_an_unknown_architecture_is_left_out(tmp_path):
     floats = {"blocks.0.a.weight": torch.randn(256, 256), "x.weight": torch.randn(4)}
     (written,) = to_gguf(small.save(tmp_path / "m.safetensors", floats), tmp_path / "m.gguf")
     assert field(written.path, "general.architecture") is None
-    assert types_of(written.path) == {"blocks.0.a.weight": "Q8_0", "x.weight": "BF16"}
+    assert types_of(written.path) == {"blocks.0.a.weight": "Q8_0", "x.weight": "F32"}
+
+
+@pytest.mark.parametrize("name", ["", "my flux", "Flux", "flux\n"])
+def test_an_architecture_that_is_no_name_is_refused(tmp_path, fp8_files, name):
+    with pytest.raises(ValueError, match=r"architecture: found .*, expected a name of small letters"):
+        to_gguf(fp8_files["conditional"], tmp_path / "m.gguf", architecture=name)
+
+
+# Shapes that ComfyUI-GGUF does not read as BF16: bare parameters, vectors, other convolutions than those of images,
+# HiDream's gates of experts, which are no linear layers. And such that it does.
+AS_F32 = {
+    "blocks.0.norm.weight": (20_000,), "blocks.0.a.bias": (256,), "blocks.0.modulation": (1, 6, 3072),
+    "token": (1, 256), "patch.weight": (160, 16, 1, 2, 4), "audio.weight": (160, 64, 3), "scalar": (),
+    "blocks.0.ff_i.gate.weight": (4, 2560),
+}  # fmt: skip
+AS_BF16 = {"blocks.0.small.weight": (128, 256), "image.weight": (160, 16, 4, 4), "embedding.weight": (100, 200)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_what_other_programs_do_not_read_as_bf16_is_f32(tmp_path, dtype):
+    floats = {"blocks.0.a.weight": torch.randn(256, 256)} | {k: torch.randn(s) for k, s in (AS_F32 | AS_BF16).items()}
+    source = small.save(tmp_path / "m.safetensors", floats, dtype)
+    (written,) = to_gguf(source, tmp_path / "m.gguf")
+    types = types_of(written.path)
+    assert types.pop("blocks.0.a.weight") == "Q8_0"
+    by_default = dict.fromkeys(AS_F32, "F32") | dict.fromkeys(AS_BF16, "BF16")
+    assert types == (by_default if dtype != torch.float16 else dict.fromkeys(types, "F16"))  # F16 all read
+    got = load_branch(written.path).weights
+    for key in types:
+        expected = floats[key].to(dtype).to(got[key].dtype)
+        assert torch.equal(got[key], expected.reshape(got[key].shape)), key
+    (written,) = to_gguf(source, tmp_path / "r.gguf", policy_file(tmp_path, default="Q8_0", rest="BF16"))
+    assert {key: types_of(written.path)[key] for key in types} == dict.fromkeys(types, "BF16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_empty_tensors(tmp_path, dtype):
+    """Of other types gguf-py fails on them."""
+    empty = {"__index_timestep_zero__": (0,), "blocks.0.b.weight": (0, 256), "blocks.0.c.weight": (256, 0)}
+    floats = {"blocks.0.a.weight": torch.randn(256, 256)} | {key: torch.zeros(shape) for key, shape in empty.items()}
+    source = small.save(tmp_path / "m.safetensors", floats, dtype)
+    policy = policy_file(tmp_path, default="Q8_0", layers={"blocks.0.*": "Q4_0"}, rest="BF16")
+    (written,) = to_gguf(source, tmp_path / "m.gguf", policy)
+    assert types_of(written.path) == {"blocks.0.a.weight": "Q4_0"} | dict.fromkeys(empty, "F32")
+    meant, got = meant_by_gguf(written.path), load_branch(written.path).weights
+    assert all(tuple(meant[key].shape) == tuple(got[key].shape) == shape for key, shape in empty.items())
+    assert str(written).endswith("1 linear layer quantized (1 Q4_0)")
+
+
+def test_a_name_that_occurs_twice_is_refused():
+    from lowbit.convert.file_layout import OutputTensor
+    from lowbit.convert.gguf_header import gguf_layout
+    from lowbit.convert.safetensors_header import safetensors_layout
+
+    tensors = [OutputTensor(name, (4,), "F32", 16) for name in ("a", "b", "c")]
+    for lay_out in (gguf_layout, safetensors_layout):
+        assert lay_out(tensors, {}).offsets.keys() == {"a", "b", "c"}
+        with pytest.raises(ValueError, match=r"^b: found two tensors to write under this name, expected one"):
+            lay_out([*tensors, OutputTensor("b", (8,), "BF16", 16)], {})
 
 
 def test_a_gguf_source_keeps_its_architecture(tmp_path):
@@ -190,12 +249,13 @@ def test_plain_types_are_for_norms_and_biases_too(tmp_path, fp8_files):
         "layers.0.attention_norm1.weight": "F32",
         "layers.0.adaln_modulation.bias": "F16",
         "input_proj.bias": "F16",
-        "layers.0.attention.norm_q.weight": "BF16",
+        "layers.0.attention.norm_q.weight": "F32",
         "layers.0.attention.qkv.weight": "Q8_0",
         "layers.0.adaln_modulation.weight": "Q8_0",
         "layers.1.attention.norm_q.weight": "F32",
         "layers.1.attention.qkv.weight": "F32",
-        "llm_cond_norm.weight": "BF16",
+        "llm_cond_norm.weight": "F32",
+        "input_proj.weight": "BF16",
     }.items():
         assert types[key] == stored, key
     got, source = meant_by_gguf(written.path), floats_of(fp8_files["conditional"])
@@ -328,9 +388,9 @@ def test_shapes_and_types_beside_matrices(tmp_path):
     source = small.save(tmp_path / "m.safetensors", floats | extra)
     (written,) = to_gguf(source, tmp_path / "m.gguf")
     got = load_branch(written.path).weights
-    assert torch.equal(got["video.weight"], extra["video.weight"].bfloat16())
-    assert torch.equal(got["scalar"], extra["scalar"].bfloat16().reshape(1))  # gguf-py reads no fewer dimensions
-    assert types_of(written.path)["scalar"] == "BF16"
+    assert torch.equal(got["video.weight"], extra["video.weight"])
+    assert torch.equal(got["scalar"], extra["scalar"].reshape(1))  # gguf-py reads no fewer dimensions
+    assert types_of(written.path)["scalar"] == types_of(written.path)["video.weight"] == "F32"
     assert torch.equal(got["steps"], extra["steps"]) and torch.equal(got["bytes"], extra["bytes"])
     source = small.save(tmp_path / "b.safetensors", floats | {"flag": torch.tensor([True])})
     with pytest.raises(ValueError, match=r"flag: found torch\.bool, which GGUF does not hold"):
@@ -343,6 +403,14 @@ def test_what_the_source_says_about_the_model_is_kept(tmp_path):
     (second,) = to_gguf(first.path, tmp_path / "b.gguf", "q4_k")
     assert field(second.path, "license") == "Apache-2.0" and field(second.path, "general.file_type") == 14
     assert field(second.path, "format") is None
+
+
+@pytest.mark.parametrize("key", ["GGUF.version", "gguf.tensor_count", "General.Alignment", "Split.Count"])
+def test_metadata_that_a_reader_takes_for_the_files_own_is_dropped(tmp_path, key):
+    source = small.save(tmp_path / "m.safetensors", small.ideogram4(), torch.bfloat16, {key: "x", "gguf_note": "kept"})
+    (written,) = to_gguf(source, tmp_path / "m.gguf")
+    assert field(written.path, "gguf_note") == "kept" and field(written.path, key) != "x"
+    assert len(gguf.GGUFReader(written.path).tensors) == len(small.ideogram4())
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,37 @@ def test_protected_layers_stay(tmp_path, fp8_files):
         assert torch.equal(weights[f"{name}.weight"], meant[f"{name}.weight"].bfloat16())
 
 
+LEFTOVERS = ("weight_scale", "scale_weight", "input_scale", "scale_input", "unknown")
+
+
+@pytest.mark.parametrize("leaf", LEFTOVERS)
+def test_what_lies_beside_a_float_weight_is_no_part_of_its_quantization(tmp_path, leaf):
+    """An FP8 file some of whose layers were left as BF16, with the scales that all had."""
+    floats = small.ideogram4()
+    mixed = small.fp8_scaled(floats, modules=BLOCK_LINEARS[1:])
+    name = BLOCK_LINEARS[0]
+    clean = small.save(tmp_path / "clean.safetensors", mixed)
+    source = small.save(tmp_path / "m.safetensors", mixed | {f"{name}.{leaf}": torch.ones(1)})
+    (expected,), (written,) = to_int8(clean, tmp_path / "a.safetensors"), to_int8(source, tmp_path / "b.safetensors")
+    expected, got = load_file(expected.path), load_file(written.path)
+    assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
+    assert load_branch(written.path).weights[f"{name}.weight"].format_name == "int8"
+    (protected,) = to_int8(source, tmp_path / "p.safetensors", protected=(name,))
+    assert f"{name}.{leaf}" in load_file(protected.path)  # what the layer has stays with it
+    (as_gguf,) = to_gguf(source, tmp_path / "m.gguf")
+    assert load_branch(as_gguf.path).weights[f"{name}.{leaf}"].tolist() == [1]
+
+
+@pytest.mark.parametrize("convert, name", [(to_int8, "out.safetensors"), (to_gguf, "out.gguf")])
+def test_a_scale_that_comfyui_may_count_is_refused_beside_a_float_weight(tmp_path, convert, name):
+    floats = small.fp8_scaled(small.ideogram4(), marker="scaled_fp8", modules=BLOCK_LINEARS[1:])
+    key = f"{BLOCK_LINEARS[0]}.scale_weight"
+    source = small.save(tmp_path / "m.safetensors", floats | {key: torch.tensor(0.5)})
+    with pytest.raises(ValueError, match=f"m.safetensors: found '{key}' other than 1 beside a weight that is not quan"):
+        convert(source, tmp_path / name)
+    assert convert(small.save(source, floats | {key: torch.tensor(1.0)}), tmp_path / name)
+
+
 def test_same_input_same_bytes_and_the_recipe_says_which(tmp_path, fp8_files):
     source = fp8_files["conditional"]
     copy = tmp_path / "sub"
@@ -215,9 +246,11 @@ def test_values_that_are_not_finite_name_file_and_tensor(tmp_path, convert, name
 
 @CONVERSIONS
 def test_finite_values_that_do_not_fit_the_type_are_no_damage(tmp_path, convert, name):
-    change = {"input_proj.bias": torch.full((256,), 3.4e38)}
+    change = {"input_proj.weight": torch.full((256, 128), 3.4e38)}
     source = small.save(tmp_path / "m.safetensors", small.ideogram4() | change)
-    text = r"'input_proj\.bias' with finite values that BF16 cannot hold \(a value of 3\.4e\+38 does not fit bfloat16\)"
+    text = (
+        r"'input_proj\.weight' with finite values that BF16 cannot hold \(a value of 3\.4e\+38 does not fit bfloat16\)"
+    )
     with pytest.raises(ValueError, match=text) as refused:
         convert(source, tmp_path / name)
     assert "damaged" not in str(refused.value) and "policy file" in str(refused.value)

@@ -50,6 +50,23 @@ def test_nothing_is_overwritten_unasked(tmp_path, fp8_files, kind):
     assert [pathlib.Path(w.path).read_bytes() for w in again] == contents and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_link_to_nothing_is_a_file_that_is_there(tmp_path, fp8_files):
+    link = tmp_path / "out.gguf"
+    link.symlink_to(tmp_path / "elsewhere" / "model.gguf")
+    with pytest.raises(ValueError, match=r"out\.gguf: exists already"):
+        convert("gguf", fp8_files, tmp_path, branches=1)
+    assert link.is_symlink()
+    convert("gguf", fp8_files, tmp_path, branches=1, overwrite=True)
+    assert link.is_file() and not link.is_symlink()
+    link.unlink()
+    with pytest.raises(ValueError, match="exists already"), OutputFile(str(link)) as output:
+        output.write(0, b"new")
+        link.symlink_to(tmp_path / "elsewhere")
+        output.finish(3)
+    assert link.is_symlink() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, fp8_files):
     def appear(progress: Progress) -> None:
         (tmp_path / "out.gguf").write_bytes(b"mine")

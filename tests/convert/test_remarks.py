@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from host_harness import small_models as small
-from lowbit.convert.int8 import BRANCH_PREFIXES
+from lowbit.convert import gguf, int8
 from lowbit.convert.remarks import remarks
 from lowbit.convert.request import Request, open_request
 from lowbit.tests.convert.making import bf16, fp8, to_gguf, to_int8
@@ -13,10 +13,11 @@ from lowbit.tests.convert.making import bf16, fp8, to_gguf, to_int8
 
 @pytest.fixture
 def remarks_on(tmp_path):
-    def remarks_on(source, unconditional=None) -> list[str]:
+    def remarks_on(source, unconditional=None, suffix=".safetensors", **options) -> list[str]:
         second = None if unconditional is None else str(unconditional)
-        request = Request(str(source), str(tmp_path / "target.safetensors"), unconditional=second)
-        return remarks(open_request(request, ".safetensors", BRANCH_PREFIXES)[1])
+        request = Request(str(source), str(tmp_path / f"target{suffix}"), unconditional=second, **options)
+        prefixes = int8.BRANCH_PREFIXES if suffix == ".safetensors" else gguf.BRANCH_PREFIXES
+        return remarks(open_request(request, suffix, prefixes)[1])
 
     return remarks_on
 
@@ -108,3 +109,42 @@ def test_a_recipe_of_others_says_nothing(tmp_path, remarks_on, recipe):
 
     save_file(small.ideogram4(), tmp_path / "a.safetensors", {"format": "pt", "lowbit.recipe": recipe})
     assert not remarks_on(tmp_path / "a.safetensors", bf16(tmp_path, "unconditional"))
+
+
+def test_an_int8_unet_with_the_names_of_the_diffusers_library(tmp_path, remarks_on):
+    """ComfyUI loads it without an error and drops the scales; GGUF files have none."""
+    floats = {
+        "down_blocks.0.resnets.0.conv1.weight": torch.zeros(32, 32, 3, 3),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight": torch.zeros(256, 256),
+    }
+    source = small.save(tmp_path / "m.safetensors", floats)
+    (remark,) = remarks_on(source)
+    assert remark.startswith("m.safetensors has the names of the diffusers library, such as down_blocks.0.resnets.0.")
+    assert "drops the scales" in remark and "Load the result with Load Diffusion Model (INT8), or convert" in remark
+    assert not [each for each in remarks_on(source, suffix=".gguf") if "diffusers" in each]
+
+
+def test_a_tensor_of_unknown_meaning_that_is_left_out(tmp_path, remarks_on):
+    floats = {"blocks.0.a.weight": torch.zeros(256, 256), "blocks.0.b.weight": torch.zeros(256, 256)}
+    known = {f"blocks.0.a.{leaf}": torch.ones(1) for leaf in ("weight_scale", "scale_weight", "input_scale")}
+    assert not remarks_on(small.save(tmp_path / "m.safetensors", floats | known))
+    source = small.save(tmp_path / "m.safetensors", floats | {"blocks.0.a.alpha": torch.ones(1)})
+    assert remarks_on(source) == [
+        "m.safetensors: left out 1 tensor of unknown meaning beside weights to quantize, such as blocks.0.a.alpha. "
+        "Protect the layer to keep them."
+    ]
+    assert not remarks_on(source, protected=("blocks.0.a",)) and not remarks_on(source, suffix=".gguf")
+
+
+def test_names_that_are_too_long_for_ggml(tmp_path, remarks_on):
+    longest, too_long = (f"blocks.0.{'a' * (length - 16)}.weight" for length in (63, 64))
+    floats = {longest: torch.zeros(256, 256)}
+    source = small.save(tmp_path / "m.safetensors", floats)
+    assert len(longest) == 63 and not remarks_on(source, suffix=".gguf")
+    two = small.save(tmp_path / "n.safetensors", floats | {too_long: torch.zeros(4), f"{too_long}s": torch.zeros(4)})
+    assert not remarks_on(two)
+    assert remarks_on(two, suffix=".gguf") == [
+        f"{too_long}: GGML's own reader refuses a file with names of 64 bytes and more. ComfyUI's loaders read it."
+    ]
+    (prefixed,) = remarks_on(source, small.save(tmp_path / "o.safetensors", floats), suffix=".gguf", one_file=True)
+    assert prefixed.startswith(f"cond.{longest}: ")

@@ -17,7 +17,7 @@ from lowbit.evaluation.metrics import EXACT_DB
 from lowbit.evaluation.pairs import Files
 from lowbit.evaluation.picture import draw
 from lowbit.evaluation.verify import FLOORS_DB, check_tensor, verify
-from lowbit.formats import Fp8Weight, Int8Weight, ggml, int8
+from lowbit.formats import Fp8Weight, Int8Weight, QuantizedWeight, ggml, int8
 from lowbit.loaders import CheckpointError
 from lowbit.tests.convert import making
 from safetensors.torch import load_file, save_file
@@ -119,6 +119,16 @@ def test_damage_is_named_and_nothing_else_is(tmp_path, sources, problem):
     assert panel.framed == {("layers.N.feed_forward.w2", 1)}
     assert min(panel.values, key=panel.values.get) == ("layers.N.feed_forward.w2", 1)
     assert draw([panel]).width > 300
+
+
+def test_what_lies_beside_floats_and_ends_with_them_is_not_missing(tmp_path):
+    name = "layers.1.feed_forward.w2"
+    source = small.save(
+        tmp_path / "source.safetensors", FLOATS["conditional"] | {f"{name}.weight_scale": torch.ones(1)}
+    )
+    making.to_int8(source, tmp_path / "out.safetensors")
+    (check,) = verify(Files(str(tmp_path / "out.safetensors"), str(source)))
+    assert not check.broken and f"{name}.weight_scale" not in [tensor.name for tensor in check.tensors]
 
 
 def test_a_tensor_that_the_source_lacks(tmp_path, sources):
@@ -403,6 +413,24 @@ def wrong_codes(weight: Int8Weight, count: int) -> Int8Weight:
     data = weight.data.clone()
     data.view(-1)[torch.randperm(data.numel(), generator=torch.Generator().manual_seed(0))[:count]] ^= -128
     return dataclasses.replace(weight, data=data)
+
+
+SOURCES = ["bf16", *(name for name in QUANTIZERS if "fp8" in name), "int8_tensor_0_plain", "Q5_1"]
+
+
+@pytest.mark.parametrize("quantizer", ["int8_channel_0_plain", "int8_channel_256_plain", "int8_tensor_256_plain"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_wrong_scale_of_what_a_quantized_source_became(quantizer, source):
+    source = QUANTIZERS[source](hard_weights()["normal"])
+    w = source.dequantize() if isinstance(source, QuantizedWeight) else source.float()
+    sound = QUANTIZERS[quantizer](w)
+    assert not check_tensor("w", sound, source).problems
+    assert check_tensor("w", wrong_codes(sound, 16), source).problems == ("16 of 393216 codes are wrong",)
+    if sound.per_channel:
+        scale = sound.scale.clone()
+        scale[7] *= 1.5
+        (problem,) = check_tensor("w", dataclasses.replace(sound, scale=scale), source).problems
+        assert re.fullmatch(r"\d+ of 393216 codes are wrong", problem)
 
 
 @pytest.mark.parametrize("count, problem", [(1, "1 of 393216 codes is wrong"), (16, "16 of 393216 codes are wrong")])

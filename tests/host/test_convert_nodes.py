@@ -1,5 +1,6 @@
 """The save nodes in the real host: what they write loads in stock nodes and in ours, and they behave at the canvas."""
 
+import importlib
 import json
 import re
 
@@ -156,6 +157,76 @@ def test_what_is_remarked_stands_in_the_report_and_in_the_log(convert, save, fol
     assert [record.getMessage() for record in caplog.records if "already" in record.getMessage()] == [
         f"Lowbit: {text.splitlines()[0]}"
     ]
+
+
+def test_an_int8_unet_that_the_stock_loader_would_misread_is_told(convert, save, folders):
+    floats = {
+        "conv_in.weight": torch.zeros(32, 4, 3, 3), "down_blocks.0.resnets.0.conv1.weight": torch.zeros(32, 32, 3, 3),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight": torch.randn(256, 256),
+    }  # fmt: skip
+    small.save(folders[0] / "t_unet.safetensors", floats)
+    request = convert.SaveRequest("t_unet.safetensors", "same file", "out", "one file each", False, device="cpu")
+    text = convert.save_as_int8(request, False, 0.5)
+    assert text.startswith("t_unet.safetensors has the names of the diffusers library") and "drops the scales" in text
+    assert "diffusers" not in convert.save_as_gguf(request, "q8_0")
+
+
+MODELS = {
+    "aura": ("aura.mmdit.MMDiT", {"dim": 256, "n_heads": 1, "n_layers": 2, "n_double_layers": 1}),
+    "cosmos": (
+        "cosmos.predict2.MiniTrainDIT",
+        {
+            "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16,
+            "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256, "num_blocks": 1, "num_heads": 2,
+            "pos_emb_cls": "rope3d",
+        },
+    ),
+    "hidream": (
+        "hidream.model.HiDreamImageTransformer2DModel",
+        {
+            "in_channels": 16, "out_channels": 16, "patch_size": 2, "num_layers": 1, "num_single_layers": 1,
+            "attention_head_dim": 128, "num_attention_heads": 2, "caption_channels": [64, 64], "text_emb_dim": 64,
+            "num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (64, 32, 32),
+            "max_resolution": (128, 128), "llama_layers": [0],
+        },
+    ),
+    "hyvid": (
+        "hunyuan_video.model.HunyuanVideo",
+        {
+            "image_model": "hunyuan_video", "in_channels": 16, "patch_size": [1, 2, 2], "out_channels": 16,
+            "vec_in_dim": 64, "axes_dim": [16, 56, 56], "context_in_dim": 64, "hidden_size": 256, "mlp_ratio": 4.0,
+            "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "theta": 256, "qkv_bias": True,
+            "guidance_embed": True, "byt5": False, "meanflow": False, "meanflow_sum": False,
+            "use_cond_type_embedding": False, "vision_in_dim": None,
+        },
+    ),
+    "ltxv": ("lightricks.model.LTXVModel", {"num_layers": 1}),
+    "sd3": ("modules.diffusionmodules.mmdit.MMDiT", {"depth": 2, "input_size": None, "pos_embed_max_size": 16}),
+    "sdxl": (
+        "modules.diffusionmodules.openaimodel.UNetModel",
+        {
+            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2],
+            "transformer_depth": [0, 0, 1, 1, 1, 1], "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+            "transformer_depth_middle": 1, "channel_mult": [1, 2, 4], "use_linear_in_transformer": True,
+            "context_dim": 64, "num_classes": "sequential", "adm_in_channels": 64, "use_spatial_transformer": True,
+            "legacy": False, "num_head_channels": 32,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_host_s_models_have_the_names_of_files_in_circulation(comfy_host, name):
+    import comfy.ops
+    from lowbit.convert.gguf import architecture_of
+    from lowbit.loaders.branch import Branch
+
+    path, options = MODELS[name]
+    module, _, kind = f"comfy.ldm.{path}".rpartition(".")
+    model = getattr(importlib.import_module(module), kind)(
+        **options, device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init
+    )
+    assert architecture_of(Branch("m", "only", model.state_dict(), {})) == name
 
 
 def test_a_policy_file_in_the_output_folder(save, folders):
