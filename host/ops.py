@@ -39,7 +39,8 @@ class LoadSettings:
     file_name: for messages. compute_mode: `auto`, `int8` or `exact`. tune: whether kernels may measure their
     configurations at first use. quantize_layer: whether a float linear weight of this module name and shape [N, K] is
     quantized to INT8 at load. before_quantizing: called before each of them; it may raise to cancel the load.
-    missing_keys: filled by the load, what the file did not supply. kept, kept_patches: device memory of what the
+    missing_keys: filled by the load, what the file did not supply. has_fused_kernels: whether the device that runs
+    models has them; found out here, because a compiler cannot trace it. kept, kept_patches: device memory of what the
     layers find out at their first use, and of LoRA matrices, which go before the model does.
     """
 
@@ -49,14 +50,17 @@ class LoadSettings:
     quantize_layer: Callable[[str, int, int], bool] = lambda name, N, K: False
     before_quantizing: Callable[[], None] = lambda: None
     missing_keys: list[str] = dataclasses.field(default_factory=list)
+    has_fused_kernels: bool = dataclasses.field(
+        default_factory=lambda: quantized_linear.has_fused_kernels(comfy.model_management.get_torch_device())
+    )
     kept: KeptMemory = dataclasses.field(default_factory=KeptMemory)
     kept_patches: KeptMemory = dataclasses.field(default_factory=KeptMemory)
 
     def mode_of(self, weight: QuantizedWeight) -> str:
-        """`int8` or `exact`: what `auto` means for this weight on the device that runs models."""
+        """`int8` or `exact`: what `auto` means for this weight, as `quantized_linear.fastest_mode` has it."""
         if self.compute_mode != "auto":
             return self.compute_mode
-        return quantized_linear.fastest_mode(weight, comfy.model_management.get_torch_device())
+        return "int8" if self.has_fused_kernels and quantized_linear.is_coarse(weight) else "exact"
 
 
 class Quantizer(NamedTuple):

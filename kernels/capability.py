@@ -13,6 +13,8 @@ from .dispatch import named_implementation
 # Below this, Triton 3.6 cannot compile an int8 product at all (tried for compute capability 7.5).
 OLDEST_CAPABILITY = (8, 0)
 
+_launch_failures: dict[torch.device, str | None] = {}
+
 
 def triton_refusal(device: torch.device) -> str | None:
     """The reason why Triton kernels cannot run on this device, or None.
@@ -32,17 +34,21 @@ def triton_refusal(device: torch.device) -> str | None:
     return f"needs a CUDA device, found {device.type}"
 
 
-@functools.cache
 def _launch_failure(device: torch.device) -> str | None:
     """Why no kernel can be built and launched on this device, or None: only then it shows that there is no C compiler
     or that Triton is older than the GPU."""
-    try:
-        _launch(device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of a compiler, an assembler or a driver, each with its own
-        return f"cannot build a kernel here: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return None
+    if torch.compiler.is_compiling():  # a launch would become a part of the graph; an op asks again as it runs
+        return None
+    if device not in _launch_failures:
+        try:
+            _launch(device)
+            _launch_failures[device] = None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a compiler, an assembler or a driver, each with its own
+            reason = str(error).strip().partition("\n")[0]
+            _launch_failures[device] = f"cannot build a kernel here: {type(error).__name__}: {reason}"
+    return _launch_failures[device]
 
 
 def _launch(device: torch.device) -> None:

@@ -44,10 +44,14 @@ ROTATION_GROUP = 256
 
 def fastest_mode(weight: QuantizedWeight, device: torch.device) -> str:
     """The compute mode that `auto` stands for: see the table above."""
-    coarse = isinstance(weight, Int8Weight) or (
-        isinstance(weight, GgmlWeight) and ggml.TYPES[weight.ggml_type].bits_per_weight < SMALLEST_EXACT_BITS
-    )
-    return "int8" if coarse and has_fused_kernels(device) else "exact"
+    return "int8" if is_coarse(weight) and has_fused_kernels(device) else "exact"
+
+
+def is_coarse(weight: QuantizedWeight) -> bool:
+    """Whether quantized activations cost little beside what the weight's own format does."""
+    if isinstance(weight, GgmlWeight):
+        return ggml.TYPES[weight.ggml_type].bits_per_weight < SMALLEST_EXACT_BITS
+    return isinstance(weight, Int8Weight)
 
 
 def row_rotation_group(weight: GgmlWeight) -> int:

@@ -175,7 +175,7 @@ def test_ordinary_guiders(comfy_host, pair, backend):
     "patch", [None, "lora", "lokr", "dora", pytest.param("bypass", marks=HOSTS_BYPASS_IN_ONE_GRAPH)]
 )
 @pytest.mark.parametrize(
-    "kind, mode", [("int8", "int8"), ("int8_smooth", "exact"), ("q4_k", "exact"), ("q4_k", "int8")]
+    "kind, mode", [("int8", "int8"), ("int8_smooth", "exact"), ("q4_k", "exact"), ("q4_k", "int8"), ("q4_k", "auto")]
 )
 def test_a_block_is_one_graph(comfy_host, tmp_path, backend, kind, mode, patch):
     model = quantized.load(quantized.write(tmp_path, kind), mode)

@@ -6,7 +6,14 @@ import torch._dynamo
 from host_harness import quantized_models as quantized
 from host_harness.torch_version import HOSTS_COMPILE_NODE
 
-CASES = [("int8", "exact"), ("int8", "int8"), ("int8_smooth", "int8"), ("q4_k", "exact"), ("q8_0", "int8")]
+CASES = [
+    ("int8", "exact"),
+    ("int8", "int8"),
+    ("int8_smooth", "int8"),
+    ("q4_k", "exact"),
+    ("q8_0", "int8"),
+    ("q4_k", "auto"),
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo
 from lowbit.kernels import capability
 from lowbit.kernels.quantized_linear import has_fused_kernels
 
@@ -13,9 +14,8 @@ GPU = torch.device("cuda", 0)
 def launch(monkeypatch):
     """launch(function) stands for what happens when the first kernel is built on a GPU of compute capability 8.6."""
     monkeypatch.setattr(capability, "device_capability", lambda device: (8, 6))
-    capability._launch_failure.cache_clear()
-    yield lambda function: monkeypatch.setattr(capability, "_launch", function)
-    capability._launch_failure.cache_clear()
+    monkeypatch.setattr(capability, "_launch_failures", {})
+    return lambda function: monkeypatch.setattr(capability, "_launch", function)
 
 
 def failing(error):
@@ -47,6 +47,19 @@ def test_no_memory_says_nothing_about_kernels(launch):
         capability.triton_refusal(GPU)
     launch(lambda device: None)
     assert capability.triton_refusal(GPU) is None
+
+
+def test_nothing_is_launched_while_a_model_is_compiled(launch):
+    tried = []
+    launch(tried.append)
+    torch._dynamo.reset()
+
+    def add_one(x):
+        return x + 1 if capability.triton_refusal(GPU) is None else x
+
+    assert torch.compile(add_one, backend="eager", fullgraph=True)(torch.zeros(2)).tolist() == [1, 1]
+    assert not tried
+    torch._dynamo.reset()
 
 
 def test_the_kernel_that_is_tried(device):
