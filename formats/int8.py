@@ -149,7 +149,7 @@ def rotate(x: torch.Tensor, group_size: int) -> torch.Tensor:
     Its own inverse. float32 assumes torch's default of no TF32 in matmuls.
     """
     _check_rotation(group_size, x.shape[-1])
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return rotate(x, group_size)
     groups = x.unflatten(-1, (-1, group_size))

@@ -260,3 +260,11 @@ def test_refused_rotations_and_dtypes():
         int8.rotate(torch.zeros((2, 300)), 256)
     with pytest.raises(ValueError, match="weights dequantize to a floating dtype, found int8"):
         int8.quantize_weight(gaussian(2, 4)).dequantize(torch.int8)
+
+
+def test_rotation_without_values_and_under_autocast():
+    assert int8.rotate(torch.empty(3, 512, device="meta"), 256).shape == (3, 512)
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rotated = int8.rotate(x, 256)
+    assert rotated.dtype == torch.float32 and torch.equal(rotated, int8.rotate(x, 256))
