@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..formats import Int8Weight, int8
 from .file_layout import OutputTensor
+from .neighbours import leftovers
 from .pieces import in_pieces
 from .request import Part
 from .safetensors_header import NAMES
@@ -64,14 +65,6 @@ def plan_int8(
         make = _linear_plan if key.removesuffix(".weight") in part.quantized else _plain_plan
         plans.append(make(key, weight, options, factors.get(key), part.prefix, device))
     return plans
-
-
-def leftovers(weights: Mapping[str, object], quantized: Set[str]) -> list[str]:
-    """The keys of what lies beside the weights and biases of these layers. A scale beside a weight of floats belongs to
-    a quantization that it does not have: ComfyUI ignores it, and the INT8 weight gets one of its own under that name.
-    The loaders refuse any other tensor beside a quantized weight."""
-    modules = ((key, *key.rpartition(".")[::2]) for key in weights)
-    return [key for key, module, leaf in modules if module in quantized and leaf not in ("weight", "bias")]
 
 
 def rotation_group(K: int) -> int:

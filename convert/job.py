@@ -19,7 +19,7 @@ from .gguf_header import gguf_layout
 from .policy import PLAIN, PROTECT_COUNT
 from .progress import Report, Stage, size_text
 from .recipe import gguf_metadata, recipe_text, safetensors_metadata
-from .request import Part, Request, open_request
+from .request import INT8_SUFFIX, Part, Request, open_request
 from .safetensors_header import safetensors_layout
 from .smoothing import DEFAULT_ALPHA, Factors, smoothing_factors
 from .source import Sources, file_hash
@@ -61,7 +61,7 @@ def convert_to_int8(
     on_checked: OnChecked = lambda parts: None,
 ) -> list[Written]:
     """Write INT8 safetensors. Raises ValueError and RuntimeError with a sentence for the person who asked."""
-    sources, parts = open_request(request, ".safetensors", int8.BRANCH_PREFIXES)
+    sources, parts = open_request(request, INT8_SUFFIX, int8.BRANCH_PREFIXES)
     options.check(parts)
     check_room(request.target, [each for part in parts for each in int8.plan_int8(part, options, {})])
     on_checked(parts)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from ..loaders.branch import Branch
 from ..loaders.branches import branch_of_name
 from ..loaders.errors import counted
-from .int8 import leftovers
+from ..loaders.policy import linears_worth_quantizing
+from . import neighbours
 from .recipe import branch_of_recipe
-from .request import Part
+from .request import INT8_SUFFIX, Part
 
 # Names that stand together under the diffusers library's names alone. ComfyUI renames such weights while loading: see
 # `host/model.py`. Qwen-Image's own names have the first, but not the second.
@@ -22,8 +23,6 @@ _DIFFUSERS = (
 )
 # A U-Net's, which ComfyUI renames without joining.
 _DIFFUSERS_UNET = "down_blocks.0.resnets.0.conv1.weight"
-# Known beside quantized weights: left out without a word where a weight of floats has them.
-_OF_QUANTIZATION = ("comfy_quant", "weight_scale", "scale_weight", "input_scale", "scale_input")
 # With the byte that ends it, what GGML's own reader has room for.
 _GGML_NAME_BYTES = 64
 
@@ -34,7 +33,7 @@ def remarks(parts: Sequence[Part]) -> list[str]:
     found = [_quantized(path, [each for each in branches if each.path == path]) for path in _paths(branches)]
     found += map(_diffusers, branches)
     found += map(_diffusers_unet, parts)
-    found += map(_left_out, parts)
+    found += map(_left_alone, parts)
     found.append(_long_name(parts))
     if len(_paths(branches)) == 2:
         found += map(_swapped, branches)
@@ -77,20 +76,20 @@ def _diffusers_unet(part: Part) -> str | None:
     )
 
 
-def _left_out(part: Part) -> str | None:
-    if not _becomes_int8(part):
-        return None
-    found = [k for k in leftovers(part.branch.weights, part.quantized) if k.rpartition(".")[2] not in _OF_QUANTIZATION]
+def _left_alone(part: Part) -> str | None:
+    worth_quantizing = frozenset(linears_worth_quantizing(part.branch.weights)) - part.protected
+    found = neighbours.unknown(part.branch.weights, worth_quantizing) if _becomes_int8(part) else {}
     if not found:
         return None
+    layers = f"{counted(len(found), 'layer')} {'stays' if len(found) == 1 else 'stay'} unquantized"
+    key = next(iter(found.values()))
     return (
-        f"{os.path.basename(part.branch.path)}: left out {counted(len(found), 'tensor')} of unknown meaning beside "
-        f"weights to quantize, such as {found[0]}. Protect the layer to keep them."
+        f"{os.path.basename(part.branch.path)}: {layers}: nothing is known of what lies beside a weight, such as {key}."
     )
 
 
 def _becomes_int8(part: Part) -> bool:
-    return part.target.endswith(".safetensors")
+    return part.target.endswith(INT8_SUFFIX)
 
 
 def _long_name(parts: Sequence[Part]) -> str | None:

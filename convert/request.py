@@ -12,8 +12,8 @@ import torch
 from ..loaders import CheckpointError
 from ..loaders.branch import Branch
 from ..loaders.branches import branch_of_name
-from ..loaders.errors import TAKE_ANOTHER, quoted
 from ..loaders.policy import linears_worth_quantizing
+from . import neighbours
 from .output_file import check_targets
 from .policy import PROTECT_COUNT, protected_layers
 from .record import (
@@ -26,6 +26,7 @@ from .record import (
 )
 from .source import Sources, open_sources
 
+INT8_SUFFIX = ".safetensors"
 # `model-00001-of-00002.safetensors`: a part of a release in several files. GGUF says so in its metadata.
 _SHARD = re.compile(r"\d{5}-of-(\d{5})\.(.+\.)?safetensors$")
 _OF_LORA = re.compile(r"\.(lora_(A|B|up|down)|hada_w1_a|lokr_w1|lokr_w1_a)(\.|$)")
@@ -186,7 +187,6 @@ def _part(request: Request, index: int, branch: Branch, target: str, prefix: str
             expected="a diffusion transformer",
             todo="Text encoders, VAEs, LoRAs and small models stay as they are.",
         )
-    _check_scales(branch)
     report_path = request.reports[index] if request.reports else None
     report = read_fragility_report(report_path) if report_path else ()
     count = PROTECT_COUNT if request.protect_count is None else request.protect_count
@@ -201,16 +201,6 @@ def _part(request: Request, index: int, branch: Branch, target: str, prefix: str
         record = read_activation_record(record_path)
         check_record(record_path, record, branch.weights)
     quantized = frozenset(linears) - protected
+    if target.endswith(INT8_SUFFIX):
+        quantized -= neighbours.unknown(branch.weights, quantized).keys()
     return Part(branch, target, prefix, quantized, frozenset(protected), record, record_path, report_path)
-
-
-def _check_scales(branch: Branch) -> None:
-    """Where a file calls itself FP8 (`scaled_fp8`), ComfyUI multiplies weights of floats by `scale_weight` too."""
-    for key, scale in branch.weights.items():
-        if key.endswith(".scale_weight") and isinstance(scale, torch.Tensor) and bool((scale.float() != 1).any()):
-            raise CheckpointError(
-                branch.path,
-                found=f"{quoted(key)} other than 1 beside a weight that is not quantized",
-                expected="a scale beside FP8 and INT8 weights alone",
-                todo=f"The file was put together wrongly: {TAKE_ANOTHER}",
-            )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..convert.int8 import leftovers
+from ..convert.neighbours import leftovers
 from ..convert.pieces import in_pieces
 from ..convert.progress import Report, Stage
 from ..convert.smoothing import Factors
@@ -105,7 +105,8 @@ def verify(
     """Compare every branch. report: hears of the bytes read of the quantized files; what it raises ends the comparison.
     on_checked: called once the files are known to be comparable, before time is spent.
 
-    Nothing larger than some rows is in memory at a time. Raises ValueError for files that cannot be compared.
+    In memory are some rows at a time, and 24 bytes for each row or GGUF block of a weight. Raises ValueError for files
+    that cannot be compared.
     """
     pairs, opened = open_pairs(files)
     on_checked()
@@ -181,9 +182,9 @@ def check_tensor(
     floor = min(floor_db(name), floor_db(format_name(expected)))
     unit, units = _unit(actual, by_element)
 
-    def compare(rows: slice) -> torch.Tensor:
-        """By unit the energies of the source and of the error, the largest magnitude of the values, and the counts of
-        INT8 codes that are wrong, not rounded and not zero, float64 [6, units]: squares of float32 may overflow."""
+    def compare(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """By unit the energies of the source and of the error and the largest magnitude of the values, float64
+        [3, units], squares of float32 may overflow; and the counts of INT8 codes, see `_count_codes`."""
         values, reference = (floats_of(weight, rows, device).double() for weight in (actual, expected))
         if factors is not None:
             reference = factors.apply(reference, rows)
@@ -192,14 +193,13 @@ def check_tensor(
         error = values - reference
         energies = (x.square().reshape(-1, unit).sum(dim=1) for x in (reference, error))
         largest = values.abs().reshape(-1, unit).amax(dim=1)
-        codes = (torch.zeros_like(largest),) * 3
-        if isinstance(actual, Int8Weight):
-            codes = _count_codes(part_of(actual, rows, device), error)
-        return torch.stack([*energies, largest, *codes]).cpu()
+        is_int8 = isinstance(actual, Int8Weight)
+        counts = _count_codes(part_of(actual, rows, device), error) if is_int8 else torch.zeros(3)
+        return torch.stack([*energies, largest]).cpu(), counts.cpu()
 
-    signals, noises, sizes, wrong, unrounded, nonzero = torch.cat(
-        [piece for _, piece in in_pieces(compare, shape, device)], dim=1
-    )
+    by_unit, counts = zip(*(piece for _, piece in in_pieces(compare, shape, device)), strict=True)
+    signals, noises, sizes = torch.cat(by_unit, dim=1)
+    wrong_codes, unrounded, nonzero = (int(count) for count in torch.stack(counts).sum(dim=0))
     signal, noise, largest = float(signals.sum()), float(noises.sum()), float(sizes.max())  # NaN if any value is
     if not math.isfinite(largest):
         return TensorCheck(key, name, None, ("NaN or infinity",))
@@ -217,8 +217,7 @@ def check_tensor(
         problems.append(f"{zeros} of {len(broken)} {units} {'is zero' if zeros == 1 else 'are zeros'}")
     if others:
         problems.append(f"{others} of {len(broken)} {units} {'holds' if others == 1 else 'hold'} other values")
-    wrong_codes = int(wrong.sum())
-    if wrong_codes and not problems and float(unrounded.sum()) < UNROUNDED_SHARE * float(nonzero.sum()):
+    if wrong_codes and not problems and unrounded < UNROUNDED_SHARE * nonzero:
         problems.append(f"{wrong_codes} of {math.prod(shape)} codes {'is' if wrong_codes == 1 else 'are'} wrong")
     if noise and not problems and factors is None and are_plain and actual.dtype == expected.dtype:
         problems.append("other values than the source, which has the same type")
@@ -226,7 +225,7 @@ def check_tensor(
 
 
 def _unit(weight: torch.Tensor | QuantizedWeight, by_element: bool) -> tuple[int, str]:
-    """How many elements in a row are looked at together, which share a scale if any do, and what people call such."""
+    """How many elements in a row share a scale, or stand together where none do, and what a problem calls them."""
     if by_element:
         return 1, "elements"
     if isinstance(weight, ggml.GgmlWeight):
@@ -234,16 +233,16 @@ def _unit(weight: torch.Tensor | QuantizedWeight, by_element: bool) -> tuple[int
     return weight.shape[-1] if len(weight.shape) else 1, "rows"
 
 
-def _count_codes(weight: Int8Weight, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How many codes of each row of a weight are wrong, how many are not just rounded and how many are not zero,
-    float64 [rows]: see WRONG_CODE_STEPS. error: float64 [rows, K], of the values as activations meet them, smoothed but
-    not rotated."""
+def _count_codes(weight: Int8Weight, error: torch.Tensor) -> torch.Tensor:
+    """How many codes of a weight are wrong, how many are not just rounded and how many are not zero, int64 [3]: see
+    WRONG_CODE_STEPS. error: [rows, K], of the values as activations meet them, smoothed but not rotated."""
+    error = error.float()
     if weight.rotation_group:  # back to where the codes are: a Hadamard matrix is its own inverse
         error = int8.rotate(error, weight.rotation_group)
-    steps, codes = error.abs() / weight.scale.double(), weight.data.to(torch.int16)
-    is_clipped = (codes.abs() >= LAST_CODE) & (codes * error < 0)
-    found = (steps > WRONG_CODE_STEPS) & ~is_clipped, steps > ROUNDING_STEPS, codes != 0
-    return tuple(each.sum(dim=1).double() for each in found)
+    steps, codes = error.abs() / weight.scale, weight.data
+    is_clipped = ((codes >= LAST_CODE) & (error < 0)) | ((codes <= -LAST_CODE) & (error > 0))
+    counted = (steps > WRONG_CODE_STEPS) & ~is_clipped, steps > ROUNDING_STEPS, codes != 0
+    return torch.stack([each.sum() for each in counted])
 
 
 def _broken_units(signals: torch.Tensor, noises: torch.Tensor, floor: float, smallest: float) -> torch.Tensor:
@@ -258,11 +257,14 @@ def _broken_units(signals: torch.Tensor, noises: torch.Tensor, floor: float, sma
 
 
 def _step(weight: torch.Tensor | QuantizedWeight) -> float:
-    """What rounding costs a value however small it is: a step of an INT8 weight of which all rows share a scale, the
-    error of the smallest float16 times the largest code in GGUF."""
+    """What rounding costs a value however small it is: a step of an INT8 weight of which all rows share a scale; in
+    GGUF 2^-25, the error of the smallest float16 scale, times the largest factor: 255 at most in blocks of 32, 128 x 32
+    in a super-block (Q6_K)."""
     if isinstance(weight, Int8Weight):
         return 0.0 if weight.per_channel else float(weight.scale)
-    return 2.0**-17 if isinstance(weight, ggml.GgmlWeight) else 0.0
+    if isinstance(weight, ggml.GgmlWeight):
+        return 2.0**-13 if ggml.type_from_name(weight.ggml_type).block_size == 256 else 2.0**-17
+    return 0.0
 
 
 def floor_db(format: str) -> float:

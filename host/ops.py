@@ -40,8 +40,8 @@ class LoadSettings:
     configurations at first use. quantize_layer: whether a float linear weight of this module name and shape [N, K] is
     quantized to INT8 at load. before_quantizing: called before each of them; it may raise to cancel the load.
     missing_keys: filled by the load, what the file did not supply. has_fused_kernels: whether the device that runs
-    models has them; found out here, because a compiler cannot trace it. kept, kept_patches: device memory of what the
-    layers find out at their first use, and of LoRA matrices, which go before the model does.
+    models has them, for `auto`; found out here, because a compiler cannot trace it. kept, kept_patches: device memory
+    of what the layers find out at their first use, and of LoRA matrices, which go before the model does.
     """
 
     file_name: str
@@ -50,11 +50,14 @@ class LoadSettings:
     quantize_layer: Callable[[str, int, int], bool] = lambda name, N, K: False
     before_quantizing: Callable[[], None] = lambda: None
     missing_keys: list[str] = dataclasses.field(default_factory=list)
-    has_fused_kernels: bool = dataclasses.field(
-        default_factory=lambda: quantized_linear.has_fused_kernels(comfy.model_management.get_torch_device())
-    )
+    has_fused_kernels: bool = dataclasses.field(init=False, default=False)
     kept: KeptMemory = dataclasses.field(default_factory=KeptMemory)
     kept_patches: KeptMemory = dataclasses.field(default_factory=KeptMemory)
+
+    def __post_init__(self) -> None:
+        if self.compute_mode == "auto":
+            device = comfy.model_management.get_torch_device()
+            self.has_fused_kernels = quantized_linear.has_fused_kernels(device)
 
     def mode_of(self, weight: QuantizedWeight) -> str:
         """`int8` or `exact`: what `auto` means for this weight, as `quantized_linear.fastest_mode` has it."""

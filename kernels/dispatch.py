@@ -45,7 +45,7 @@ def use_implementation(name: str) -> Iterator[None]:
 
 def _alone(function: Callable) -> Callable:
     """The function without its caller's gradients and autocast: implementations would differ in what they record, and
-    a product of integers in bfloat16 is none."""
+    autocast would compute products of integers in bfloat16."""
 
     @functools.wraps(function)
     def run(*args: Any, **keywords: Any) -> Any:
@@ -76,6 +76,8 @@ class custom_op:  # noqa: N801, a decorator
         try:
             _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         except RuntimeError as error:
+            if "multiple times" not in str(error):
+                raise
             raise RuntimeError(
                 f"Lowbit's kernels are already loaded in this process (the op lowbit::{self.name} exists): there is a "
                 "second copy of them, in another folder of custom_nodes or inside another pack. Remove one."

@@ -69,7 +69,7 @@ def wants_int8(x: torch.Tensor, mode: str) -> bool:
     are asked for, which quantized activations have none of. Raises ValueError for a mode that is none."""
     if mode not in MODES:
         raise ValueError(f"compute mode {mode!r}: expected {' or '.join(MODES)}; see `fastest_mode` for `auto`")
-    return mode == "int8" and x.numel() // x.shape[-1] > SMALL_M and not x.requires_grad
+    return mode == "int8" and x.numel() // x.shape[-1] > SMALL_M and not _needs_gradients(x)
 
 
 def int8_weight_linear(
@@ -89,7 +89,7 @@ def int8_weight_linear(
         xq, x_scale = quantize_per_token(x, weight.smooth, weight.rotation_group)
         return int8_linear(xq, x_scale, weight.data, weight.scale, bias, x.dtype, tune, low_rank)
     overflows = x.dtype == torch.float16 and (weight.smooth is not None or weight.rotation_group != 0)
-    if x.numel() <= SMALL_M * x.shape[-1] and not x.requires_grad and not overflows:
+    if x.numel() <= SMALL_M * x.shape[-1] and not _needs_gradients(x) and not overflows:
         if weight.smooth is not None:
             x = (x.float() * weight.smooth).to(x.dtype)
         if weight.rotation_group:
@@ -99,8 +99,12 @@ def int8_weight_linear(
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The library's product with a bias of any dtype."""
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    """The library's product with a bias of any dtype, in x's dtype under autocast as well."""
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(x.dtype)
+
+
+def _needs_gradients(x: torch.Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def ggml_weight_linear(
@@ -120,7 +124,7 @@ def ggml_weight_linear(
     if wants_int8(x, mode):
         xq, x_scale = quantize_per_token(x, None, row_rotation_group(weight))
         return ggml_weight_linear_of_codes(xq, x_scale, weight, bias, x.dtype, row_scale, tune, low_rank)
-    if x.requires_grad:
+    if _needs_gradients(x):
         y = _linear(x, unpack(weight.data, weight.ggml_type, x.dtype), bias)
     else:
         y = ggml_linear(x, weight.data, weight.ggml_type, bias)

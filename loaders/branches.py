@@ -18,7 +18,8 @@ BRANCHES = (CONDITIONAL, UNCONDITIONAL)
 BRANCH_PREFIXES = (("conditional.", "unconditional."), ("cond.", "uncond."))
 
 # Prefixes that exporters put before every key of a diffusion model, and how many keys may begin so without meaning it.
-# All but the second are the host's own (`unet_prefix_from_state_dict` of comfy.model_detection).
+# All but the second are the host's too (`unet_prefix_from_state_dict` of comfy.model_detection), where the prefix of
+# most keys wins; here the first of these does, which is the same for every known file.
 MODEL_PREFIXES = {"model.diffusion_model.": 0, "diffusion_model.": 0, "model.model.": 5, "net.": 5, "model.": 0}
 # How a U-Net of SDXL's kind was trained: the host reads these beside the model, whose keys have the prefix.
 SAMPLING_KEYS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")

@@ -48,6 +48,7 @@ DTYPES = {
 }
 MAX_HEADER_BYTES = 100_000_000
 MAX_METADATA_KEYS = 20_000
+MAX_NAME_BYTES = 100_000  # far above every known one; text beyond ASCII takes several times its bytes in memory
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _ENTRY = re.compile(r"\{[^{}]{0,1000}\}")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -196,7 +197,12 @@ class _Header:
         return tuple(value)
 
     def _string(self) -> str:
-        return self._utf8(*self._span())
+        """A name or a key of metadata."""
+        start, end, value = self._span()
+        if end - start > MAX_NAME_BYTES:
+            found = f"a name of {end - start:,} bytes in the header"
+            raise damaged(self._file, found, f"names of at most {MAX_NAME_BYTES:,}")
+        return self._utf8(start, end, value)
 
     def _span(self) -> tuple[int, int, str]:
         """Where the string at the current position starts and ends, and its value, with one character for each byte

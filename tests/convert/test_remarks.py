@@ -124,14 +124,14 @@ def test_an_int8_unet_with_the_names_of_the_diffusers_library(tmp_path, remarks_
     assert not [each for each in remarks_on(source, suffix=".gguf") if "diffusers" in each]
 
 
-def test_a_tensor_of_unknown_meaning_that_is_left_out(tmp_path, remarks_on):
+def test_a_tensor_of_unknown_meaning_beside_a_weight(tmp_path, remarks_on):
     floats = {"blocks.0.a.weight": torch.zeros(256, 256), "blocks.0.b.weight": torch.zeros(256, 256)}
     known = {f"blocks.0.a.{leaf}": torch.ones(1) for leaf in ("weight_scale", "scale_weight", "input_scale")}
     assert not remarks_on(small.save(tmp_path / "m.safetensors", floats | known))
     source = small.save(tmp_path / "m.safetensors", floats | {"blocks.0.a.alpha": torch.ones(1)})
     assert remarks_on(source) == [
-        "m.safetensors: left out 1 tensor of unknown meaning beside weights to quantize, such as blocks.0.a.alpha. "
-        "Protect the layer to keep them."
+        "m.safetensors: 1 layer stays unquantized: nothing is known of what lies beside a weight, such as "
+        "blocks.0.a.alpha."
     ]
     assert not remarks_on(source, protected=("blocks.0.a",)) and not remarks_on(source, suffix=".gguf")
 

@@ -393,6 +393,13 @@ def test_rows_of_every_block_type(ggml_type):
 
 
 @pytest.mark.parametrize("ggml_type", ["Q4_0", "Q8_0", "Q4_K"])
+def test_tiny_weights_round_to_the_smallest_scales(ggml_type):
+    w = 3e-6 * torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
+    w[::100] *= 4
+    assert not part_problems(ggml.GgmlWeight(ggml.quantize(w, ggml_type), (1024, 256), ggml_type), w)
+
+
+@pytest.mark.parametrize("ggml_type", ["Q4_0", "Q8_0", "Q4_K"])
 def test_one_block_of_a_long_row(ggml_type):
     """It is a sixteenth of its row's energy at most."""
     w = 0.03 * torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))

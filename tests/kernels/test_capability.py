@@ -41,12 +41,19 @@ def test_a_machine_without_a_compiler(launch):
     assert not has_fused_kernels(GPU), "it is tried once"
 
 
-def test_no_memory_says_nothing_about_kernels(launch):
-    launch(failing(torch.OutOfMemoryError("no memory")))
-    with pytest.raises(torch.OutOfMemoryError):
-        capability.triton_refusal(GPU)
-    launch(lambda device: None)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing"),
+    ],
+)
+def test_what_passes_says_nothing_about_kernels(launch, error):
+    launch(failing(error))
     assert capability.triton_refusal(GPU) is None
+    launch(failing(RuntimeError("Failed to find C compiler")))
+    assert capability.triton_refusal(GPU) is not None, "it is tried again"
 
 
 def test_nothing_is_launched_while_a_model_is_compiled(launch):

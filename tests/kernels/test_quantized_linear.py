@@ -57,10 +57,25 @@ def test_a_bias_of_another_dtype(layer, w, M, mode, device):
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_an_int8_layer_under_autocast_is_the_same(layer, w, M, device):
     """What is int8 in it is no product that autocast knows."""
-    x = activations(M, device, torch.bfloat16)
+    x = activations(M, device)
     expected = layer(x, w, None, "int8")
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert torch.equal(layer(x, w, None, "int8"), expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_an_exact_layer_under_autocast_keeps_the_dtype(layer, w, device):
+    x = activations(32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = layer(x, w, None, "exact")
+    assert y.dtype == torch.float32 and relative(y, x.double() @ w.double().t()) < 0.02
+
+
+def test_parameters_are_quantized_where_no_gradients_are_asked_for(w, device):
+    weight, x = int8.quantize_weight(w), torch.nn.Parameter(activations(32, device))
+    with torch.no_grad():
+        y = int8_weight_linear(x, weight, None, "int8")
+    assert torch.equal(y, int8_weight_linear(x.detach(), weight, None, "int8"))
 
 
 @pytest.mark.parametrize("mode", ["exact", "int8"])
@@ -81,12 +96,15 @@ def test_a_mode_that_is_none(layer, w, device):
         layer(activations(4, device), w, None, "auto")
 
 
-@pytest.mark.parametrize("mode", ["exact", "int8"])
-@pytest.mark.parametrize("M", [4, 32])
-def test_operands_on_two_devices(w, M, mode, device):
-    x = torch.empty(M, K, device="meta")
-    if mode == "int8" or M == 4:
-        with pytest.raises(ValueError, match=r"on one device, got xq? on meta and wq on"):
-            int8_weight_linear(x, int8.quantize_weight(w), None, mode)
-    with pytest.raises(ValueError, match=r"on one device, got xq? on meta and blocks on"):
-        ggml_weight_linear(x, ggml_weight(w), None, mode)
+@pytest.mark.parametrize(
+    "layer, mode, M, operands",
+    [
+        ("int8", "int8", 32, "xq on meta and wq on"),
+        ("int8", "exact", 4, "x on meta and wq on"),
+        ("q8_0", "int8", 32, "xq on meta and blocks on"),
+        ("q8_0", "exact", 4, "x on meta and blocks on"),
+    ],
+)
+def test_operands_on_two_devices(layer, mode, M, operands, w):
+    with pytest.raises(ValueError, match=f"on one device, got {operands}"):
+        LAYERS[layer](torch.empty(M, K, device="meta"), w, None, mode)
