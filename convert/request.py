@@ -12,6 +12,7 @@ import torch
 from ..loaders import CheckpointError
 from ..loaders.branch import Branch
 from ..loaders.branches import branch_of_name
+from ..loaders.errors import TAKE_UNSPLIT
 from ..loaders.policy import linears_worth_quantizing
 from . import neighbours
 from .output_file import check_targets
@@ -119,7 +120,7 @@ def _refuse_shard(path: str) -> None:
             path,
             found=f"one part of a model split into {int(found[1])} files",
             expected="a whole model in one file",
-            todo="Download the file that is not split, as ComfyUI itself needs it, or merge the parts.",
+            todo=TAKE_UNSPLIT,
         )
 
 

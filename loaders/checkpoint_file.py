@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from .checkpoint import CheckpointFile, StoredTensor
-from .errors import CheckpointError
+from .errors import TAKE_UNSPLIT, CheckpointError
 from .file_kind import HEAD_BYTES, container_of, describe_other
 from .gguf import read_gguf
 from .mapped_file import MappedFile
@@ -40,7 +40,7 @@ def _checked_container(path: str, head: bytes) -> str:
             path,
             found="the index of a model split into several files",
             expected="a whole model in one file",
-            todo="Download the file that is not split, as ComfyUI itself needs it, or merge the parts.",
+            todo=TAKE_UNSPLIT,
         )
     suffix = os.path.splitext(path)[1].lower()
     expected, found = _CONTAINERS.get(suffix), container_of(head)

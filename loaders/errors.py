@@ -6,6 +6,7 @@ import os
 
 # How a sentence about a file that cannot be mended ends.
 TAKE_ANOTHER = "download the file again or take another quantization of the model."
+TAKE_UNSPLIT = "Download the file that is not split, as ComfyUI itself needs it, or merge the parts."
 
 
 class CheckpointError(ValueError):
