@@ -68,10 +68,11 @@ def save_as_int8(request: SaveRequest, convrot: bool, smoothing_alpha: float) ->
     return _run(request, ".safetensors", convert_to_int8, Int8Options(convrot, alpha))
 
 
-def save_as_gguf(request: SaveRequest, policy: str, policy_file: str = "") -> str:
-    """Write GGUF; returns what was written, for the page. policy_file: replaces the policy. Raises as above."""
+def save_as_gguf(request: SaveRequest, policy: str, policy_file: str = "", architecture: str = "") -> str:
+    """Write GGUF; returns what was written, for the page. policy_file: replaces the policy. architecture: empty to have
+    it found. Raises as above."""
     chosen = read_policy(_in_output_folder(policy_file) if policy_file.strip() else policy)
-    return _run(request, ".gguf", convert_to_gguf, GgufOptions(chosen))
+    return _run(request, ".gguf", convert_to_gguf, GgufOptions(chosen, architecture.strip() or None))
 
 
 class ChosenDevice:

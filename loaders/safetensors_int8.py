@@ -27,7 +27,13 @@ Weights = dict[str, "torch.Tensor | QuantizedWeight"]
 INT8_FORMATS = ("int8_tensorwise", "lowbit_int8_smooth")
 FP8_FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 # Formats of the host's that nothing here reads.
-OTHER_FORMATS = {"nvfp4": "NVFP4", "mxfp8": "MXFP8", "convrot_w4a4": "INT4 (ConvRot)"}
+OTHER_FORMATS = {
+    "nvfp4": "NVFP4",
+    "mxfp8": "MXFP8",
+    "convrot_w4a4": "INT4 (ConvRot)",
+    "asym_w4a8_int8": "INT4 (W4A8)",
+    "awq_w4a16": "INT4 (AWQ)",
+}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Integers that no format explains; a model's own integer tensors are no `weight` of two dimensions.
 UNEXPLAINED = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)

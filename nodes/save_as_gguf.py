@@ -34,6 +34,14 @@ class SaveAsGguf(io.ComfyNode):
                     advanced=True,
                     tooltip="JSON file in the output folder that says which layer gets which type; replaces 'type'.",
                 ),
+                io.String.Input(
+                    "architecture",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Name of the model family in the file (general.architecture), such as flux or wan, by "
+                    "which other programs know it. Empty: that of the source, or found from its layers.",
+                ),
                 save_inputs.activation_record("Tells q4_k which input channels matter."),
                 save_inputs.device(),
             ],
@@ -45,6 +53,6 @@ class SaveAsGguf(io.ComfyNode):
         return save_inputs.fingerprint(**picked)
 
     @classmethod
-    def execute(cls, type, policy_file="", **shared) -> io.NodeOutput:
-        report = convert.save_as_gguf(save_inputs.request(**shared), type, policy_file)
+    def execute(cls, type, policy_file="", architecture="", **shared) -> io.NodeOutput:
+        report = convert.save_as_gguf(save_inputs.request(**shared), type, policy_file, architecture)
         return io.NodeOutput(report, ui=ui.PreviewText(report))

@@ -43,7 +43,8 @@ def save(convert, folders):
     """Run a node's function with defaults; returns the file that it wrote."""
 
     def save(kind: str, filename: str = "out", **options):
-        extra = {k: options.pop(k) for k in ("convrot", "smoothing_alpha", "policy", "policy_file") if k in options}
+        others = ("convrot", "smoothing_alpha", "policy", "policy_file", "architecture")
+        extra = {k: options.pop(k) for k in others if k in options}
         request = {
             "checkpoint": "t_conditional.safetensors", "unconditional": "same file", "filename": filename,
             "branches": "one file each", "overwrite": False, "device": "cpu",
@@ -147,6 +148,14 @@ def test_lists_files_and_where_they_go(convert, save, folders):
 def test_the_ending_appears_once(save, folders, filename, written):
     save("gguf", filename)
     assert [path.name for path in (folders[1] / "diffusion_models").iterdir()] == [f"{written}.gguf"]
+
+
+@pytest.mark.parametrize("given, named", [("", "ideogram4"), (" my_model ", "my_model")])
+def test_a_gguf_names_the_model_family_that_is_given_or_found(save, given, named):
+    from lowbit.loaders.branch import load_branch
+
+    metadata = load_branch(save("gguf", architecture=given), "only").metadata
+    assert metadata["general.architecture"] == named
 
 
 def test_what_is_remarked_stands_in_the_report_and_in_the_log(convert, save, folders, caplog):

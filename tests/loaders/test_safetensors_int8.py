@@ -245,7 +245,16 @@ def test_what_contradicts_itself_is_refused_with_a_sentence(tensors, text):
     assert str(refused.value).startswith("model.safetensors: found ") and text in str(refused.value)
 
 
-@pytest.mark.parametrize("name, said", [("nvfp4", "NVFP4"), ("mxfp8", "MXFP8"), ("convrot_w4a4", "INT4 (ConvRot)")])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nvfp4", "NVFP4"),
+        ("mxfp8", "MXFP8"),
+        ("convrot_w4a4", "INT4 (ConvRot)"),
+        ("asym_w4a8_int8", "INT4 (W4A8)"),
+        ("awq_w4a16", "INT4 (AWQ)"),
+    ],
+)
 def test_a_format_of_the_hosts_that_is_not_read_is_named(name, said):
     packed = torch.zeros(N, K // 2, dtype=torch.uint8)
     scale = torch.ones(N, K // 16).to(torch.float8_e4m3fn)
