@@ -15,7 +15,7 @@ from .checkpoint import CheckpointFile
 from .errors import CheckpointError
 from .flattened import restore_dimensions
 from .mapped_file import MappedFile
-from .markers import markers_of_metadata
+from .markers import markers_of_gguf, markers_of_metadata
 from .safetensors_int8 import Weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -135,8 +135,10 @@ class BranchedCheckpoint:
         file, keys = self._file, self._keys_of(branch)
         tensors = {key: file.tensors[stored].load() for key, stored in keys.items()}
         if file.container == "gguf":
-            return tensors
-        return read_weights(file.path, tensors, markers_of_metadata(file.path, file.metadata, keys, file.tensors))
+            markers = markers_of_gguf(file.path, file.metadata, keys, tensors)
+        else:
+            markers = markers_of_metadata(file.path, file.metadata, keys, file.tensors)
+        return read_weights(file.path, tensors, markers)
 
 
 def open_branches(path: str | os.PathLike, open_file: OpenFile = MappedFile) -> BranchedCheckpoint:

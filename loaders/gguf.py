@@ -68,7 +68,6 @@ _SCALARS = {
 }
 _U32, _U64 = _SCALARS[4][1], _SCALARS[10][1]
 _STRING, _ARRAY = 8, 9
-_HEADER_BYTES = 24
 _SMALLEST_ENTRY_BYTES = 14  # a key of one byte with a one-byte value
 _SMALLEST_INFO_BYTES = 25  # a name of one byte and no dimensions
 _WINDOW_BYTES = 2**18
@@ -216,7 +215,7 @@ class _MetadataReader:
         kind, count = self._array_head(what)
         if kind == _ARRAY or count > MAX_KEPT_ELEMENTS or not self._budget.take(100 + 40 * count):
             self._skip_elements(kind, count, what, 1)
-            return Omitted(f"array of {self._kind_name(kind, what)}", count)
+            return Omitted(f"array of {self._kind_name(kind)}", count)
         return [self._string(what) for _ in range(count)] if kind == _STRING else self._scalars(kind, count, what)
 
     def _array_head(self, what: str) -> tuple[int, int]:
@@ -243,7 +242,7 @@ class _MetadataReader:
             raise damaged(self._cursor.file, f"the value kind {kind} in {what}", "a kind from 0 to 12")
         return _SCALARS[kind][1]
 
-    def _kind_name(self, kind: int, what: str) -> str:
+    def _kind_name(self, kind: int) -> str:
         return {_STRING: "string", _ARRAY: "array"}.get(kind) or _SCALARS[kind][0]
 
 

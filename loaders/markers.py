@@ -11,6 +11,7 @@ from .branches import strip_prefix_of_name
 from .errors import TAKE_ANOTHER, CheckpointError, quoted
 
 METADATA_KEY = "_quantization_metadata"
+GGUF_KEY = "comfy.gguf.quant."
 # Real markers have some fifty bytes; parsed JSON takes many times its size in memory.
 MAX_MARKER_BYTES = 2**16
 
@@ -64,6 +65,43 @@ def markers_of_metadata(
     if wrong := [name for name, marker in found.items() if not isinstance(marker, dict)]:
         raise _unreadable(path, f"{quoted(found[wrong[0]])} for {wrong[0]}")
     return found
+
+
+def markers_of_gguf(
+    path: str, metadata: Mapping[str, object], keys: Mapping[str, str], tensors: Mapping[str, object]
+) -> dict[str, dict]:
+    """The markers of one branch of a GGUF file, by the module's name without prefixes.
+
+    ComfyUI-GGUF's converter keeps one as JSON under GGUF_KEY and the stored key of the weight. Its Q8_CR weights are
+    rotated where the marker says both `convrot` and `weight_rotated`, and the group divides their rows. keys: without
+    prefixes -> as stored. tensors: of this branch, by key without prefixes.
+    """
+    markers = {}
+    for bare, stored in keys.items():
+        text = metadata.get(GGUF_KEY + stored)
+        if text is None:
+            continue
+        weight = tensors[bare]
+        try:
+            marker = json.loads(text) if isinstance(text, str) else None
+        except (ValueError, RecursionError):
+            marker = None
+        if not isinstance(marker, dict) or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            raise CheckpointError(
+                path,
+                found=f"the quantization marker {quoted(text)} for the tensor {stored} of shape {list(weight.shape)}",
+                expected="a JSON object, for a matrix of type I8",
+                todo=f"The file is damaged: {TAKE_ANOTHER}",
+            )
+        if marker.get("convrot") and not (marker.get("weight_rotated") and _has_whole_groups(weight, marker)):
+            marker["convrot"] = False
+        markers[_module(bare)] = marker
+    return markers
+
+
+def _has_whole_groups(weight: torch.Tensor, marker: dict) -> bool:
+    size = marker.get("convrot_groupsize", 256)
+    return type(size) is not int or size < 1 or weight.shape[1] % size == 0  # what is no size is refused as such
 
 
 def _layers(path: str, metadata: Mapping[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Safetensors keys -> weights by name: every INT8 and FP8 layout in circulation, told apart tensor by tensor.
+"""Keys -> weights by name: every INT8 and FP8 layout in circulation, told apart tensor by tensor.
 
 | layout | how a quantized linear `m` looks |
 | --- | --- |
@@ -8,6 +8,7 @@
 | official FP8 | `m.weight` e4m3, `m.weight_scale` per-channel |
 | Comfy-Org fp8_scaled | `m.weight` e4m3, `m.scale_weight`, `scaled_fp8` once |
 | saved from Lowbit | the native markers, with `gguf_*` and `lowbit_int8_smooth` formats |
+| Q8_CR, in GGUF | `m.weight` I8, `m.weight_scale` F32, the native marker as metadata (`markers_of_gguf`) |
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ Weights = dict[str, "torch.Tensor | QuantizedWeight"]
 
 INT8_FORMATS = ("int8_tensorwise", "lowbit_int8_smooth")
 FP8_FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-# Formats of the host's that nothing here reads.
-OTHER_FORMATS = {
+# Formats that nothing here reads: of the host's, and of ComfyUI-GGUF's.
+HOST_FORMATS = {
     "nvfp4": "NVFP4",
     "mxfp8": "MXFP8",
     "convrot_w4a4": "INT4 (ConvRot)",
     "asym_w4a8_int8": "INT4 (W4A8)",
     "awq_w4a16": "INT4 (AWQ)",
 }
+GGUF_FORMATS = {"int4_cr": "INT4 (Q4_CR)", "int4_pytorch": "INT4 (Q4_PT)", "int4_compact_gemm": "INT4 (Q4_PT)"}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Integers that no format explains; a model's own integer tensors are no `weight` of two dimensions.
 UNEXPLAINED = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
@@ -81,20 +83,24 @@ class _Module:
 
 
 def read_weights(
-    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], markers: Mapping[str, dict] | None = None
+    path: str | os.PathLike,
+    tensors: Mapping[str, torch.Tensor | GgmlWeight],
+    markers: Mapping[str, dict] | None = None,
 ) -> Weights:
     """The weights of one branch by state-dict key, quantized ones as `QuantizedWeight`s on the same bytes.
 
-    tensors: by key, without branch and model prefix. markers: those of the file's metadata, by module. Raises
-    CheckpointError for a marker that cannot be read, an unknown quantization type, a missing scale, shapes that
-    contradict each other, and a tensor beside a quantized weight that nothing here knows.
+    tensors: by key, without branch and model prefix; GGML blocks stay as they are. markers: those of the file's
+    metadata, by module. Raises CheckpointError for a marker that cannot be read, an unknown quantization type, a
+    missing scale, shapes that contradict each other, and a tensor beside a quantized weight that nothing here knows.
     """
     modules: dict[str, dict[str, torch.Tensor]] = {}
+    weights: Weights = {}
     for key, tensor in tensors.items():
-        if key != "scaled_fp8":
+        if isinstance(tensor, GgmlWeight):
+            weights[key] = tensor
+        elif key != "scaled_fp8":
             name, _, leaf = key.rpartition(".")
             modules.setdefault(name, {})[leaf] = tensor
-    weights: Weights = {}
     for name, leaves in modules.items():
         module = _Module(os.fspath(path), name, leaves)
         quantized = _quantized_weight(module, (markers or {}).get(name))
@@ -175,14 +181,14 @@ def _marked(module: _Module, marker: dict) -> QuantizedWeight:
         ggml_type = ggml.ggml_type_of_format(name)
         blocks = module.take_matrix("weight")
         return GgmlWeight(blocks, (blocks.shape[0], ggml.logical_K(ggml_type, blocks.shape[1])), ggml_type)
-    if isinstance(name, str) and name in OTHER_FORMATS:
-        raise CheckpointError(
-            module.path,
-            found=f"the layer {module.name} in {OTHER_FORMATS[name]}, which Lowbit does not read",
-            expected="INT8, FP8, GGUF or unquantized layers",
-            todo="Load the file with ComfyUI's Load Diffusion Model node, or take a BF16, FP8, INT8 or GGUF file "
-            "of the model.",
-        )
+    for formats, node in ((HOST_FORMATS, "ComfyUI's Load Diffusion Model node"), (GGUF_FORMATS, "ComfyUI-GGUF")):
+        if isinstance(name, str) and name in formats:
+            raise CheckpointError(
+                module.path,
+                found=f"the layer {module.name} in {formats[name]}, which Lowbit does not read",
+                expected="INT8, FP8, GGUF or unquantized layers",
+                todo=f"Load the file with {node}, or take a BF16, FP8, INT8 or GGUF file of the model.",
+            )
     known = [*INT8_FORMATS, *FP8_FORMATS, "gguf_*"]
     raise module.error(f"the unknown quantization type {quoted(name)}", f"one of {', '.join(known)}")
 

@@ -37,9 +37,23 @@ def meant_by_gguf(path, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def meant_by_native_int8(path) -> dict[str, torch.Tensor]:
+    return meant_by_int8_tensors(load_file(path))
+
+
+def meant_by_q8_cr(path, prefix: str, rotated: bool) -> dict[str, torch.Tensor]:
+    tensors = {
+        tensor.name.removeprefix(prefix): torch.from_numpy(tensor.data.copy())
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+    marker = torch.tensor(list(b"convrot" if rotated else b""), dtype=torch.uint8)
+    modules = [key.removesuffix(".weight") for key, tensor in tensors.items() if tensor.dtype == torch.int8]
+    return meant_by_int8_tensors(tensors | {f"{module}.comfy_quant": marker for module in modules})
+
+
+def meant_by_int8_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     from comfy_kitchen.tensor import TensorWiseINT8Layout
 
-    tensors, floats = load_file(path), {}
+    floats = {}
     for key, value in tensors.items():
         if value.dtype == torch.int8:
             module = key.removesuffix(".weight")
@@ -134,6 +148,14 @@ def two_branch_gguf_layout(name, **kwargs) -> Layout:
     return Layout(name, write, lambda path, branch, base: meant_by_gguf(path, prefixes[branch]))
 
 
+def q8_cr_layout(name, rotated=True, prefix="") -> Layout:
+    def write(folder, originals):
+        names = {"conditional": "model-Q8_CR.gguf", "unconditional": "model_uncond-Q8_CR.gguf"}
+        return [small.write_q8_cr(folder / names[b], originals[b], rotated=rotated, prefix=prefix) for b in BRANCHES]
+
+    return Layout(name, write, lambda path, branch, base: meant_by_q8_cr(path, prefix, rotated))
+
+
 def cast_to(dtype):
     return lambda floats: {key: value.to(dtype) for key, value in floats.items()}
 
@@ -170,6 +192,9 @@ LAYOUTS = [
     gguf_layout("gguf_prefix_q8_0", linear="Q8_0", prefix="model.diffusion_model.", architecture=None),
     gguf_layout("gguf_block_linears_only", linear="Q4_K", **block_linears_only),
     gguf_layout("gguf_every_weight", linear="Q8_0", every_weight=True),
+    q8_cr_layout("gguf_q8_cr"),
+    q8_cr_layout("gguf_q8_cr_prefix", prefix="model.diffusion_model."),
+    q8_cr_layout("gguf_q8_cr_never_rotated", rotated=False),
 ]
 # Every type for all weights, in one file a branch. Types that no Python quantizer writes hold random valid blocks:
 # there the original weights are no yardstick.

@@ -513,6 +513,32 @@ def write_gguf(
     return path
 
 
+def write_q8_cr(
+    path: str | pathlib.Path, state_dict: StateDict, *, rotated: bool = True, prefix: str = ""
+) -> pathlib.Path:
+    """ComfyUI-GGUF's Q8_CR: the host's rotated INT8 in GGUF, its markers as metadata; returns the path.
+
+    rotated=False: as its first converters wrote it, with markers that speak of a rotation which was not done.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "ideogram")
+    stored = int8_native(state_dict, convrot=rotated, dtype=torch.float32)
+    for key, tensor in stored.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf != "comfy_quant":
+            writer.add_tensor(prefix + key, tensor.numpy())
+        else:
+            marker = json.loads(bytes(tensor.tolist())) | {"convrot": True, "convrot_groupsize": 256}
+            marker |= {"weight_rotated": True} if rotated else {}
+            writer.add_string(f"comfy.gguf.quant.{prefix}{module}.weight", json.dumps(marker))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return pathlib.Path(path)
+
+
 # Files where the host looks for them
 
 

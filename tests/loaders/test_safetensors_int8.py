@@ -10,7 +10,7 @@ from lowbit.loaders.base_checkpoint import merge_base
 from lowbit.loaders.branch import load_branch, open_branches
 from lowbit.loaders.errors import CheckpointError
 from lowbit.loaders.mapped_file import MappedFile
-from lowbit.loaders.markers import MAX_MARKER_BYTES, markers_of_metadata
+from lowbit.loaders.markers import MAX_MARKER_BYTES, markers_of_gguf, markers_of_metadata
 from lowbit.loaders.safetensors_int8 import read_weights
 
 K, N = 256, 64
@@ -453,3 +453,57 @@ def test_same_file_of_a_one_branch_ideogram4_is_refused(tmp_path, floats):
         open_branches(half).unconditional_source()
     with pytest.raises(CheckpointError, match="only the conditional branch, expected the unconditional branch"):
         load_branch(half, "unconditional")
+
+
+# Markers in the metadata of GGUF files
+
+
+def q8_cr(tensors=None, stored_prefix="", **fields):
+    """What `read_weights` makes of a GGUF file's INT8 tensors, with this marker of m."""
+    tensors = int8_tensors() if tensors is None else tensors
+    keys = {key: stored_prefix + key for key in tensors}
+    metadata = {f"comfy.gguf.quant.{stored_prefix}m.weight": json.dumps({"format": "int8_tensorwise"} | fields)}
+    return read_weights("model.gguf", tensors, markers_of_gguf("model.gguf", metadata, keys, tensors))
+
+
+@pytest.mark.parametrize("stored_prefix", ["", "cond.", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    "fields, group",
+    [
+        ({}, 0),
+        ({"convrot": True, "weight_rotated": True}, 256),
+        ({"convrot": True, "weight_rotated": True, "convrot_groupsize": 64}, 64),
+        ({"convrot": True, "convrot_groupsize": 64}, 0),  # written before its converter rotated weights
+        ({"convrot": True, "weight_rotated": True, "convrot_groupsize": 96}, 0),  # no whole groups: not rotated
+        ({"convrot": False, "weight_rotated": True}, 0),
+    ],
+)
+def test_a_gguf_s_int8_weight_is_rotated_as_its_marker_means(stored_prefix, fields, group):
+    weight = q8_cr(stored_prefix=stored_prefix, **fields)["m.weight"]
+    assert isinstance(weight, Int8Weight) and weight.rotation_group == group and weight.per_channel
+
+
+@pytest.mark.parametrize("name, said", [("int4_cr", "INT4 (Q4_CR)"), ("int4_pytorch", "INT4 (Q4_PT)")])
+def test_other_formats_of_comfyui_gguf_are_named(name, said):
+    with pytest.raises(CheckpointError) as refused:
+        q8_cr(format=name)
+    assert f"the layer m in {said}, which Lowbit does not read" in str(refused.value)
+    assert "Load the file with ComfyUI-GGUF, or take" in str(refused.value)
+
+
+def test_codes_in_a_gguf_without_their_scale_are_no_weights():
+    with pytest.raises(CheckpointError, match="an int8 weight without its scale in m"):
+        read_weights("model.gguf", {"m.weight": torch.zeros(N, K, dtype=torch.int8)})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "1", "[" * 10**5, 7])
+def test_a_gguf_s_marker_that_cannot_be_read_is_refused(text):
+    keys, metadata = {key: key for key in int8_tensors()}, {"comfy.gguf.quant.m.weight": text}
+    with pytest.raises(CheckpointError, match=r"found the quantization marker .* for the tensor m"):
+        markers_of_gguf("model.gguf", metadata, keys, int8_tensors())
+
+
+def test_a_marker_of_int8_for_ggml_blocks_is_refused():
+    blocks = GgmlWeight(torch.zeros(N, K // 32 * 34, dtype=torch.uint8), (N, K), "Q8_0")
+    with pytest.raises(CheckpointError, match="expected a JSON object, for a matrix of type I8"):
+        q8_cr({"m.weight": blocks})
