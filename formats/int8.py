@@ -38,11 +38,13 @@ class Int8Weight(QuantizedWeight):
     scale: float32, per-tensor () or [1], or per-channel [N, 1].
     smooth: float32 [K], multiplies the activations before the product; or None.
     rotation_group: 0, or the Hadamard group size by which activations are rotated before the product.
+    prefers_exact: whether whoever made it wants its product computed in floats, as the host's markers can say.
     """
 
     scale: torch.Tensor
     smooth: torch.Tensor | None = None
     rotation_group: int = 0
+    prefers_exact: bool = False
 
     def __post_init__(self) -> None:
         if self.data.dtype != torch.int8 or self.data.dim() != 2 or tuple(self.data.shape) != tuple(self.shape):

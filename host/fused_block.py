@@ -40,6 +40,7 @@ REPLACED = (
     host_feed_forward.FeedForward.forward,
     host_feed_forward.FeedForward._forward_silu_gating,
 )
+ATTENTION = host_model.Ideogram4Attention.forward
 _KEY = "lowbit_fused_block"
 FORWARD, GATING = "forward", "feed_forward._forward_silu_gating"  # of a block
 _watched: weakref.WeakSet = weakref.WeakSet()  # models whose modules are let go with them
@@ -102,7 +103,7 @@ def report(patcher: ModelPatcher) -> list[str]:
 
 def unfusable(block: torch.nn.Module) -> str | None:
     """The reason why a block can never run fused as it was loaded, or None."""
-    if fingerprint() != KNOWN_FINGERPRINT:
+    if fingerprint() != KNOWN_FINGERPRINT or not attention_hands_on():
         return "this ComfyUI's block is not one that this version of Lowbit knows"
     linears = (
         block.attention.qkv,
@@ -132,7 +133,24 @@ def in_the_way(block: torch.nn.Module) -> str | None:
 def classes_are_known() -> bool:
     """Whether the host's functions are still those that were there when this module was imported."""
     block, feed_forward = host_model.Ideogram4TransformerBlock, host_feed_forward.FeedForward
-    return REPLACED == (block.forward, feed_forward.forward, feed_forward._forward_silu_gating)
+    return REPLACED == (block.forward, feed_forward.forward, feed_forward._forward_silu_gating) and (
+        host_model.Ideogram4Attention.forward is ATTENTION
+    )
+
+
+@functools.cache
+def attention_hands_on() -> bool:
+    """Whether the host's attention, which is handed codes in place of x, needs no more of x than its shape and what
+    `qkv` makes of it. The rest of it may be any version's: nothing of it is replaced."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(ATTENTION))).body[0]
+    except (OSError, TypeError):  # compiled, or something that another pack has put there
+        return False
+    name = tree.args.args[1].arg
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == name]
+    shapes = [node for node in ast.walk(tree) if ast.unparse(node) == f"{name}.shape"]
+    products = [node for node in ast.walk(tree) if ast.unparse(node) == f"self.qkv({name})"]
+    return len(products) == 1 and len(uses) == len(shapes) + len(products)
 
 
 @functools.cache
@@ -160,7 +178,9 @@ class _FusedBlock:
 
     def __call__(self, x, attn_mask, freqs_cis, adaln_input, transformer_options={}):  # noqa: B006, the host's own
         block = self.block
-        if differentiated(x) or in_the_way(block) is not None:
+        # The kernels take one modulation a picture; a caller may give one for all, or one a token.
+        same_batch = adaln_input.shape[:-1] == (x.shape[0], 1)
+        if differentiated(x) or not same_batch or in_the_way(block) is not None:
             return type(block).forward(
                 block, x, attn_mask, freqs_cis, adaln_input, transformer_options=transformer_options
             )

@@ -55,7 +55,7 @@ class _LowbitLayout(QuantizedLayout):
         """
         if like is None:
             raise ValueError(f"{cls.__name__} quantizes only like an existing weight: use requantize_from_float")
-        weight = cls.quantized_like(tensor.float(), like)
+        weight = cls.quantized_like(tensor, like)
         return weight.data, cls.params(weight, tensor.dtype)
 
     @classmethod
@@ -85,23 +85,27 @@ class LowbitInt8Layout(_LowbitLayout):
         smooth: torch.Tensor | None = None
         convrot: bool = False
         convrot_groupsize: int = 256
+        prefers_exact: bool = False
 
     @classmethod
     def weight(cls, qdata, params):
         rotation_group = params.convrot_groupsize if params.convrot else 0
-        return Int8Weight(qdata, tuple(params.orig_shape), params.scale, params.smooth, rotation_group)
+        shape = tuple(params.orig_shape)
+        return Int8Weight(qdata, shape, params.scale, params.smooth, rotation_group, params.prefers_exact)
 
     @classmethod
     def params(cls, weight, dtype):
         rotation = {"convrot": True, "convrot_groupsize": weight.rotation_group} if weight.rotation_group else {}
-        return cls.Params(weight.scale, dtype, tuple(weight.shape), smooth=weight.smooth, **rotation)
+        others = {"smooth": weight.smooth, "prefers_exact": weight.prefers_exact}
+        return cls.Params(weight.scale, dtype, tuple(weight.shape), **others, **rotation)
 
     @classmethod
     def quantized_like(cls, values, params):
         rotation_group = params.convrot_groupsize if params.convrot else 0
         # The host merges on the GPU while the weight it is like may lie on the CPU.
         smooth = None if params.smooth is None else params.smooth.to(values.device)
-        return int8.quantize_weight(values, params.scale.numel() > 1, smooth, rotation_group)
+        weight = int8.quantize_weight(values, params.scale.numel() > 1, smooth, rotation_group)
+        return dataclasses.replace(weight, prefers_exact=params.prefers_exact)
 
 
 class LowbitGgufLayout(_LowbitLayout):

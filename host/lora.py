@@ -102,7 +102,7 @@ class SidePath:
         if not self.low_rank:
             return None
         down, up, *_ = self.move(x.device, x.dtype)
-        return torch.nn.functional.linear(x, down), up
+        return torch.nn.functional.linear(x, down).to(x.dtype), up  # autocast may have chosen another
 
     def add_kronecker(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the Kronecker terms for x [..., K] to y [..., N] in place."""

@@ -211,17 +211,28 @@ class LowbitLinear:
         if quantized is None or isinstance(quantized, Fp8Weight):
             if self.lowbit_settings.quantize_layer(name, *expected):
                 self.lowbit_settings.before_quantizing()
-                quantized = quantize_on_the_fly(weight)
+                quantized = self._quantized_on_the_fly(weight, name)
             else:
                 # A float weight stays in the file's dtype, on the file's mapping: the host casts it where it is used.
                 self.weight = torch.nn.Parameter(weight if quantized is None else quantized.dequantize(dtype), False)
                 return
         self._set_quantized_weight(layouts.to_host(quantized, dtype))
 
+    def _quantized_on_the_fly(self, weight: torch.Tensor, name: str) -> QuantizedWeight:
+        try:
+            return quantize_on_the_fly(weight)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.lowbit_settings.file_name}: the weight of {name} cannot be quantized: {error}. The file is "
+                "damaged: download it again, or pick another one."
+            ) from error
+
     def _set_quantized_weight(self, weight: QuantizedTensor) -> None:
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        quantized = layouts.from_host(weight)
         self.layout_type = weight._layout_cls
-        self.quant_format = layouts.saved_format(layouts.from_host(weight))
+        self.quant_format = layouts.saved_format(quantized)
+        self._full_precision_mm_config = isinstance(quantized, Int8Weight) and quantized.prefers_exact  # to be saved
 
     # Computing
 
@@ -392,6 +403,8 @@ class LowbitLinear:
         quantized = layouts.from_host(self.weight)
         if isinstance(quantized, Int8Weight) and self.quant_format != layouts.INT8_FORMAT and quantized.rotation_group:
             marker = {"format": self.quant_format, "convrot": True, "convrot_groupsize": quantized.rotation_group}
+            if quantized.prefers_exact:
+                marker["full_precision_matrix_mult"] = True
             saved[f"{prefix}comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
         return saved
 
@@ -401,7 +414,7 @@ def quantize_on_the_fly(weight: torch.Tensor) -> QuantizedWeight:
     quantized = layouts.from_host(weight)
     device = comfy.model_management.get_torch_device()
     values = weight.to(device) if quantized is None else _moved(quantized, device).dequantize()
-    return _moved(int8.quantize_weight(values.float()), weight.device)
+    return _moved(int8.quantize_weight(values), weight.device)
 
 
 def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:

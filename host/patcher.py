@@ -219,6 +219,15 @@ class LowbitModelPatcher(_KeepsQuantized, ModelPatcher):
         self._hand_over_patches()
         return freed
 
+    def _hand_over_patches(self) -> None:
+        # A hook's patches stand on the model's own: they are taken off, and put on again.
+        hooks = self.current_hooks
+        if hooks is not None:
+            self.patch_hooks(None)
+        super()._hand_over_patches()
+        if hooks is not None:
+            self.patch_hooks(hooks)
+
     # The host overwrites hooked weights in place and restores bytes without scales: quantized ones stay as they are.
 
     def patch_hooks(self, hooks):

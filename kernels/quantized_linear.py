@@ -10,6 +10,7 @@ per token and uses the INT8 product. Which calls INT8 pays for:
 | at most 16 tokens, GGML weight | `exact`, blocks decoded within the product | the same |
 | 17 tokens and more | the mode asked for | INT8 units have at least twice the rate of bf16 |
 | `auto`, INT8 weight | `int8` with the Triton kernels, else `exact` | else quantizing costs more than it saves |
+| `auto`, INT8 weight that prefers it | `exact` | its publisher found the layer sensitive |
 | `auto`, GGML weight of less than 6 bits | `int8` with the Triton kernels, else `exact` | the same |
 | `auto`, GGML weight of more bits (Q6_K, Q8_0) | `exact` | quantized activations would cost more than these lose |
 
@@ -51,7 +52,7 @@ def is_coarse(weight: QuantizedWeight) -> bool:
     """Whether quantized activations cost little beside what the weight's own format does."""
     if isinstance(weight, GgmlWeight):
         return ggml.TYPES[weight.ggml_type].bits_per_weight < SMALLEST_EXACT_BITS
-    return isinstance(weight, Int8Weight)
+    return isinstance(weight, Int8Weight) and not weight.prefers_exact
 
 
 def row_rotation_group(weight: GgmlWeight) -> int:

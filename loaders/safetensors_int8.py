@@ -200,8 +200,9 @@ def _int8(module: _Module, marker: dict) -> Int8Weight:
     scale = _scale(module, weight, "weight_scale", "scale_weight")
     if scale is None:
         raise module.error("an int8 weight without its scale", "a tensor `weight_scale` beside it")
-    rotation_group = _rotation_group(module, marker)
-    return Int8Weight(weight, tuple(weight.shape), scale, module.take_floats("weight_smooth"), rotation_group)
+    rotation_group, smooth = _rotation_group(module, marker), module.take_floats("weight_smooth")
+    prefers_exact = marker.get("full_precision_matrix_mult") is True
+    return Int8Weight(weight, tuple(weight.shape), scale, smooth, rotation_group, prefers_exact)
 
 
 def _rotation_group(module: _Module, marker: dict) -> int:

@@ -149,6 +149,15 @@ def test_a_model_that_lacks_tensors_is_not_half_loaded(error_text, folder, float
     )
 
 
+def test_a_weight_that_cannot_be_quantized(error_text, folder, floats):
+    weights = dict(floats["conditional"])
+    weights["layers.1.feed_forward.w3.weight"] = torch.full_like(weights["layers.1.feed_forward.w3.weight"], torch.nan)
+    small.save(folder / "nan.safetensors", weights)
+    text = error_text(INT8, "nan.safetensors", unconditional="none")
+    assert "nan.safetensors: the weight of layers.1.feed_forward.w3 cannot be quantized" in text
+    assert "found NaN or infinity" in text and "download it again" in text
+
+
 def test_a_weight_of_another_shape(error_text, folder, floats):
     wrong = {**floats["conditional"], "layers.1.attention.o.weight": torch.zeros(256, 128)}
     small.write_gguf(folder / "shape.gguf", wrong)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from host_harness import quantized_models as quantized
 from host_harness import small_models as small
 
 
@@ -86,6 +87,35 @@ def test_files_that_change(comfy_host, files, tmp_path):
     path.unlink()
     files.check_not_written_to(states)
     assert files.file_state(str(path)) is None
+
+
+@pytest.mark.parametrize("when", ["before", "during", "during, and another error"])
+def test_a_file_written_to_around_a_sampling(comfy_host, tmp_path, when):
+    """A loaded model is not loaded again for the next sampling, which may read its weights all the same."""
+    path, calls = quantized.write(tmp_path, "q4_k"), []
+
+    def write() -> None:
+        with open(path, "ab") as file:
+            file.write(b"1")
+
+    def wrapper(apply_model, arguments):
+        calls.append(1)
+        write()
+        if when == "during, and another error":
+            raise ZeroDivisionError
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model = quantized.load(path)
+    model.set_model_unet_function_wrapper(wrapper)
+    comfy_host.comfy.model_management.load_models_gpu([model])
+    if when == "before":
+        write()
+    other_error = when == "during, and another error"
+    error, text = (ZeroDivisionError, None) if other_error else (RuntimeError, "was written to after it was loaded")
+    with pytest.raises(error, match=text):
+        comfy_host.sample(model, steps=1, width=128, height=128)
+    assert bool(calls) is (when != "before")
+    comfy_host.unload()
 
 
 def test_a_refused_file_is_let_go(comfy_host, files, tmp_path, monkeypatch):

@@ -159,6 +159,59 @@ def test_models_that_cannot_be_fused_are_left_alone(comfy_host, fused, tmp_path,
     assert fused.report(newer)[1] == "  2 not fused: this ComfyUI's block is not one that this version of Lowbit knows"
 
 
+@pytest.mark.parametrize(
+    "body, hands_on",
+    [
+        ("batch, length, _ = x.shape; return self.o(self.qkv(x).view(batch, length, 3))", True),
+        ("return self.o(self.qkv(x))", True),
+        ("x = x.contiguous(); return self.o(self.qkv(x))", False),
+        ("return self.o(self.qkv(x) + self.bypass(x))", False),
+        ("return self.o(self.q(x) + self.kv(x))", False),
+    ],
+)
+def test_what_an_attention_may_do_with_codes(fused, monkeypatch, body, hands_on):
+    """A newer host's attention may be another, as long as only `qkv` reads what it is given."""
+    source = f"def forward(self, x, attn_mask, freqs_cis, transformer_options={{}}):\n    {body}\n"
+    monkeypatch.setattr(fused.inspect, "getsource", lambda function: source)
+    assert fused.attention_hands_on.__wrapped__() is hands_on
+
+
+def test_blocks_whose_attention_reads_floats_are_not_fused(fused, tmp_path, monkeypatch):
+    path = quantized.write(tmp_path, "int8")
+    monkeypatch.setattr(fused, "attention_hands_on", lambda: False)
+    assert not quantized.load(path, "int8").object_patches
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_timestep_for_a_batch(comfy_host, fused, tmp_path, monkeypatch, times):
+    model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
+    on_host = quantized.on_host_blocks(model)
+    x = torch.randn(2, 128, 8, 8, generator=torch.Generator().manual_seed(0))
+    context = comfy_host.conditioning(tokens=8)[0][0].expand(2, -1, -1)
+    results = []
+    for each in (on_host, model):
+        comfy_host.comfy.model_management.load_models_gpu([each])
+        device, transformer = each.load_device, each.model.diffusion_model
+        counts = calls(monkeypatch, fused)
+        with torch.inference_mode():
+            results.append(transformer(x.to(device), torch.full((times,), 0.5, device=device), context.to(device)))
+    assert ("gated_residual" in counts) is (times == 2)  # the kernels take a modulation for each picture
+    assert quantized.relative(*results[::-1]) < CLOSE
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("kind", ["int8", "q4_k"])
+def test_training_computes_in_floats(comfy_host, fused, tmp_path, monkeypatch, kind):
+    path = quantized.write(tmp_path, kind)
+    expected = quantized.output(comfy_host, quantized.load(path, "exact"))
+    model = quantized.load(path, "int8")
+    counts = calls(monkeypatch, fused)
+    monkeypatch.setattr(comfy_host.comfy.model_management, "in_training", True)
+    assert torch.equal(quantized.output(comfy_host, model), expected)
+    assert not counts
+
+
 def test_a_clone_with_modules_of_its_own_runs_them(comfy_host, fused, tmp_path):
     """As the host clones for hooks and for further GPUs: not the source's weights."""
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
@@ -220,16 +273,17 @@ def test_a_patch_taken_back_leaves_the_block_fused(comfy_host, fused, tmp_path, 
 
 
 @pytest.mark.triton
-def test_a_patch_on_the_hosts_class_is_respected(comfy_host, fused, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["", "attention", "feed_forward"])
+def test_a_patch_on_the_hosts_class_is_respected(comfy_host, fused, tmp_path, monkeypatch, name):
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")
-    block_class = type(model.model.diffusion_model.layers[0])
-    original, calls_seen = block_class.forward, []
+    patched = type(model.model.diffusion_model.layers[0].get_submodule(name))
+    original, calls_seen = patched.forward, []
 
-    def forward(self, *args, **kwargs):
+    def forward(self, x, *args, **kwargs):
         calls_seen.append(self)
-        return original(self, *args, **kwargs)
+        return original(self, x.contiguous(), *args, **kwargs)
 
-    monkeypatch.setattr(block_class, "forward", forward)
+    monkeypatch.setattr(patched, "forward", forward)
     quantized.output(comfy_host, model)
     assert len(calls_seen) == 2
     assert fused.report(model)[1] == "  2 not fused: another pack has patched the block's class"

@@ -141,6 +141,55 @@ def test_hook_over_a_lora(comfy_host, pair):
     assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora("lokr", seed=8), 0.6)])
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_wraps_a_weight_sees_what_a_hook_makes_of_it(comfy_host, pair, kind):
+    """Weight wrappers of other packs come after all patches: here the sign of every weight is lost."""
+    model, twin = (quantized.add_lora(comfy_host, base, quantized.lora(seed=7)) for base in pair)
+    for each in (model, twin):
+        each.add_weight_wrapper("diffusion_model.layers.1.feed_forward.w2.weight", torch.abs)
+    assert_same_effect(comfy_host, (model, twin), lambda: [hook(comfy_host, quantized.lora(kind, seed=8)), None])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_hook_stays_on_through_an_unload_and_a_load(comfy_host, pair, kind):
+    """Of a part of the model, as another one needs its memory, and of text encoders, whose hooks stay on."""
+    hooks = comfy_host.module("comfy.hooks")
+    outputs = []
+    for base in pair:
+        model = quantized.add_lora(comfy_host, base, quantized.lora(seed=7)).clone()
+        group = hook(comfy_host, quantized.lora(kind, seed=8), 0.6)
+        model.register_all_hook_patches(group, hooks.create_target_dict(hooks.EnumWeightTarget.Model))
+        plain = quantized.output(comfy_host, model)
+        model.patch_hooks(group)
+        hooked = call(comfy_host, model)
+        model.partially_unload(model.offload_device, 1)
+        if base is pair[1]:
+            model.patch_hooks(group)  # the stock patcher forgets them
+        unloaded = call(comfy_host, model)
+        model.patch_hooks(None)
+        outputs.append([plain, hooked, unloaded, call(comfy_host, model)])
+        model.forced_hooks, model.is_clip = group, True
+        comfy_host.unload()
+        outputs[-1].append(quantized.output(comfy_host, model))
+        model.patch_hooks(None)
+        outputs[-1].append(call(comfy_host, model))
+        comfy_host.unload()
+    for actual, expected in zip(*outputs, strict=True):
+        assert quantized.relative(actual, expected) < 1e-5
+    plain, hooked, unloaded, after, forced, forced_off = outputs[0]
+    assert quantized.relative(hooked, plain) > EFFECT
+    assert torch.equal(unloaded, hooked) and torch.equal(forced, hooked)
+    assert torch.equal(after, plain) and torch.equal(forced_off, plain)
+
+
+def call(host, model) -> torch.Tensor:
+    """One call of the model as it stands, without loading it."""
+    x = torch.randn(1, 128, 8, 8, generator=torch.Generator().manual_seed(5)).to(model.load_device)
+    context = host.conditioning(tokens=8)[0][0].to(model.load_device)
+    with torch.inference_mode():
+        return model.model.apply_model(x, torch.full((1,), 0.5, device=x.device), c_crossattn=context).cpu()
+
+
 def test_another_model_as_a_hook(comfy_host, pair, tmp_path):
     hooks = comfy_host.module("comfy.hooks")
     other = quantized.full_precision(comfy_host, quantized.load(quantized.write(tmp_path, "q8_0", seed=3)))

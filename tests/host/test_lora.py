@@ -142,6 +142,28 @@ def test_one_over_the_other_route(comfy_host, pair):
     assert_same_effect(comfy_host, pair, apply)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_what_wraps_a_weight_sees_it_patched(comfy_host, pair, kind):
+    """Weight wrappers of other packs come after all patches: here the sign of every weight is lost."""
+
+    def apply(model):
+        model = quantized.add_lora(comfy_host, model, quantized.lora(kind))
+        model.add_weight_wrapper("diffusion_model.layers.1.feed_forward.w2.weight", torch.abs)
+        return model
+
+    assert_same_effect(comfy_host, pair, apply)
+
+
+@pytest.mark.parametrize("compute_mode", ["exact", "int8"])
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_effect_under_autocast(comfy_host, tmp_path, kind, compute_mode):
+    model = quantized.load(quantized.write(tmp_path, "int8"), compute_mode)
+    patched = quantized.add_lora(comfy_host, model, quantized.lora(kind))
+    expected = quantized.output(comfy_host, patched)
+    with torch.autocast(model.load_device.type, dtype=torch.bfloat16):
+        assert quantized.relative(quantized.output(comfy_host, patched), expected) < 0.05
+
+
 @pytest.mark.parametrize("strength_model", [0.9, 0.0])
 def test_strength_on_the_model(comfy_host, pair, strength_model):
     """A strength on the weight itself is no side path: add_patches takes it, and merging packs use it."""

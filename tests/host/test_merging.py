@@ -54,6 +54,24 @@ def test_merged_weights(comfy_host, pair, other, how):
     quantized.assert_same_bytes(quantized.stored_bytes(other[0]), other_stored)
 
 
+@pytest.mark.usefixtures("plain_patcher")
+def test_a_merge_is_saved_the_same_loaded_or_not(comfy_host, pair, other):
+    merged = merge(comfy_host, pair[1], other[0], "simple")
+
+    def saved() -> dict[str, torch.Tensor]:
+        with torch.inference_mode():
+            state_dict = merged.model_state_dict_for_saving(merged.model.diffusion_model, "diffusion_model.")
+            return {key: value.to("cpu", copy=True) for key, value in state_dict.items()}
+
+    comfy_host.unload()
+    unloaded = saved()
+    comfy_host.comfy.model_management.load_models_gpu([merged])
+    loaded = saved()
+    assert loaded.keys() == unloaded.keys()
+    # Floats are merged in the model's dtype, and stored in the file's as long as they are not loaded.
+    assert not [key for key, value in unloaded.items() if not torch.equal(value, loaded[key].to(value.dtype))]
+
+
 def test_row_scales_follow_the_merge_and_come_back(comfy_host, tmp_path, other):
     """In int8 mode the scales of unpacked rows are kept: not those of other bytes."""
     model = quantized.load(quantized.write(tmp_path, "q4_k"), compute_mode="int8")

@@ -1,5 +1,7 @@
 """Saving quantized models with the stock node: the same bytes come back, and the stock loader reads what it can."""
 
+import json
+
 import pytest
 import torch
 from host_harness import quantized_models as quantized
@@ -50,6 +52,25 @@ def test_the_same_bytes_come_back(comfy_host, written, tmp_path, offloaded):
     again = quantized.load(path)
     quantized.assert_same_bytes(quantized.stored_bytes(again), stored)
     assert torch.equal(quantized.output(comfy_host, again), before)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_layer_that_its_publisher_wants_computed_in_floats(comfy_host, tmp_path, monkeypatch, smooth):
+    """ComfyUI's `full_precision_matrix_mult`: kept when saved, and `auto` follows it."""
+    from lowbit.kernels import quantized_linear
+
+    monkeypatch.setattr(quantized_linear, "has_fused_kernels", lambda device: True)
+    floats, name = small.ideogram4(), "layers.0.feed_forward.w2"
+    stored = quantized.int8_smooth(floats) if smooth else small.int8_native(floats, convrot=True)
+    marker = json.loads(bytes(stored[f"{name}.comfy_quant"].tolist()))
+    stored[f"{name}.comfy_quant"] = small.comfy_quant(**marker, full_precision_matrix_mult=True)
+    path = small.save(tmp_path / "int8.safetensors", stored)
+    for _ in range(2):
+        model = quantized.load(path, "auto", "bf16")
+        modes = {module: linear.mode for module, linear in quantized.quantized_linears(model).items()}
+        assert modes.pop(name) == "exact" and set(modes.values()) == {"int8"}
+        assert quantized.quantized_linears(quantized.load(path, "int8"))[name].mode == "int8"
+        path = save_with_node(comfy_host, model, f"prefers_exact_{smooth}")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8_convrot"])
