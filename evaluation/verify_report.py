@@ -10,7 +10,8 @@ from ..loaders.branches import ONLY
 from .metrics import EXACT_DB
 from .names import kind_and_depth
 from .picture import Panel
-from .verify import QUANTIZED, BranchCheck, TensorCheck
+from .tensor_check import QUANTIZED, TensorCheck
+from .verify import BranchCheck
 
 SHOWN = 24
 # In the picture: what is exact is no better than this.

@@ -32,7 +32,8 @@ from ..kernels.gated_residual import gated_residual
 from ..kernels.gated_residual_norm_quantize import gated_residual_norm_quantize
 from ..kernels.rms_norm_scale_quantize import rms_norm_scale_quantize
 from ..kernels.swiglu_quantize import swiglu_quantize
-from .ops import LowbitLinear, QuantizedActivations, changed, differentiated
+from .activations import QuantizedActivations, changed, differentiated
+from .ops import LowbitLinear
 
 # The host's functions that are replaced, as they are known to compute what is computed here (ComfyUI 0.30 to 0.33).
 REPLACED = (

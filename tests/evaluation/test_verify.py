@@ -16,7 +16,8 @@ from lowbit.evaluation.folded import folded_smoothing
 from lowbit.evaluation.metrics import EXACT_DB
 from lowbit.evaluation.pairs import Files
 from lowbit.evaluation.picture import draw
-from lowbit.evaluation.verify import FLOORS_DB, check_tensor, verify
+from lowbit.evaluation.tensor_check import FLOORS_DB, check_tensor
+from lowbit.evaluation.verify import verify
 from lowbit.formats import Fp8Weight, Int8Weight, QuantizedWeight, ggml, int8
 from lowbit.loaders import CheckpointError
 from lowbit.tests.convert import making
