@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="activation record, one for each branch, the conditional one first: switches SmoothQuant on for int8, and "
-        "tells q4_k which input channels matter",
+        "tells q4_k, q5_k and q6_k which input channels matter",
     )
     shared.add_argument(
         "--protect",
@@ -123,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     to_int8.add_argument("--smooth-alpha", type=float, metavar="A", help="of SmoothQuant, with --record (0.5)")
     to_gguf = commands.add_parser("gguf", parents=[shared], help="GGUF")
     to_gguf.add_argument(
-        "--policy", default="q4_k", help="q4_k (default), q8_0, q4_0, q4_1, q5_0, q5_1, or a policy file (JSON)"
+        "--policy",
+        default="q4_k",
+        help="q4_k (default), q5_k, q6_k, q8_0, q4_0, q4_1, q5_0, q5_1, or a policy file (JSON)",
     )
     to_gguf.add_argument(
         "--architecture", metavar="NAME", help="for general.architecture; found by itself for known models"

@@ -112,7 +112,7 @@ def check_records(parts: Sequence[Part], plans: Sequence[list[TensorPlan]]) -> N
         if part.record and not keys & part.record.keys():
             raise ValueError(
                 f"{os.path.basename(part.record_path)}: found no layer in this activation record that becomes "
-                f"{' or '.join(USES_IMPORTANCE)}, which alone uses it. Leave the record out, or pick another type."
+                f"{' or '.join(USES_IMPORTANCE)}, which alone use it. Leave the record out, or pick another type."
             )
 
 

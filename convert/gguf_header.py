@@ -16,7 +16,10 @@ MAX_DIMS = 4  # GGML's own limit
 # Types that are no block types, and pass through as they are.
 INTEGERS = {"I8": 24, "I16": 25, "I32": 26, "I64": 27, "F64": 28}
 # `general.file_type`: the number by which llama.cpp names what most tensors of a file are.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "BF16": 32}
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
+    "BF16": 32,
+}  # fmt: skip
 
 _U32, _I32, _STRING, _ARRAY = 4, 5, 8, 9
 

@@ -90,6 +90,9 @@ def _load_pair(request: LoadRequest, unconditional: str, unconditional_base_path
         negative_checkpoint = open_branches(unconditional, open_file)
     branch = checkpoint.load(request.branch, request.base_path)
     if negative_checkpoint is None:
+        if unconditional_base_path is not None:
+            name = os.path.basename(request.path)
+            logger.warning("Lowbit: %s is one model for both: base_checkpoint_unconditional is ignored.", name)
         model = _build(request, branch)
         return model, model
     # Whatever the negative branch lacks is noticed before the first model is built.

@@ -24,7 +24,8 @@ class SaveAsGguf(io.ComfyNode):
                     options=list(convert.POLICIES),
                     default="q4_k",
                     tooltip="Of the linear layers inside the blocks; everything else stays BF16 or F16. q4_k: 4.5 bits "
-                    "a weight. q8_0: 8.5 bits, near the original.",
+                    "a weight. q5_k: 5.5 bits, q6_k: 6.6, each with half the error of the one before. q8_0: 8.5 bits, "
+                    "near the original.",
                 ),
                 *save_inputs.protection(),
                 io.String.Input(
@@ -42,7 +43,7 @@ class SaveAsGguf(io.ComfyNode):
                     tooltip="Name of the model family in the file (general.architecture), such as flux or wan, by "
                     "which other programs know it. Empty: that of the source, or found from its layers.",
                 ),
-                save_inputs.activation_record("Tells q4_k which input channels matter."),
+                save_inputs.activation_record("Tells q4_k, q5_k and q6_k which input channels matter."),
                 save_inputs.device(),
             ],
             outputs=[save_inputs.report()],

@@ -1,6 +1,6 @@
-"""Q2_K, Q3_K, Q5_K, Q6_K: super-blocks of 256 elements whose block scales are themselves quantized. Read only.
+"""Q2_K, Q3_K: super-blocks of 256 elements whose block scales are themselves quantized. Read only.
 
-Formats: `block_q2_K`, `block_q3_K`, `block_q5_K`, `block_q6_K` of ggml (ggml-common.h). Two-bit fields named `two` lie
+Formats: `block_q2_K`, `block_q3_K` of ggml (ggml-common.h). Two-bit fields named `two` lie
 in 64 bytes: each half of 32 bytes holds 128 elements, byte i of a half, bits 7..0: ddccbbaa with a: element i,
 b: i + 32, c: i + 64, d: i + 96.
 
@@ -15,17 +15,6 @@ b: i + 32, c: i + 64, d: i + 96.
          96..103  bits 3..0 of six: byte k: bbbbaaaa   a: block k, b: block k + 8
         104..107  bits 5..4 of six: byte k: ddccbbaa   a: block k, b: k + 4, c: k + 8, d: k + 12
         108..109  d, float16
-
-    Q5_K, 176 bytes, 8 blocks of 32: w = d * sc * q - dmin * m
-          0..15   d, dmin, sc and m as in Q4_K
-         16..47   bit j of byte i is bit 4 of element 32 * j + i
-         48..175  bits 3..0, packed as in Q4_K
-
-    Q6_K, 210 bytes, 16 blocks of 16: w = d * sc * (q - 32)
-          0..127  bits 3..0: each half of 64 bytes holds 128 elements, byte i: bbbbaaaa   a: element i, b: i + 64
-        128..191  bits 5..4, as `two`
-        192..207  sc, int8
-        208..209  d, float16
 """
 
 from __future__ import annotations
@@ -33,15 +22,14 @@ from __future__ import annotations
 import torch
 
 from .block_type import GgmlType, float16_at, spread_bits
-from .q4_k import unpack_nibbles, unpack_scales
 
 
-def _unpack_two(packed: torch.Tensor) -> torch.Tensor:
+def unpack_two(packed: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 64] -> [n, 256]."""
     return spread_bits(packed.unflatten(-1, (2, 32)), 2).flatten(1)
 
 
-def _scale_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def scale_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float32 codes [n, 256] times the scale of each block [n, blocks], in place, as [n, blocks, elements]."""
     blocks = scale.shape[1]
     return codes.unflatten(-1, (blocks, 256 // blocks)).mul_(scale.unsqueeze(-1))
@@ -50,32 +38,17 @@ def _scale_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def dequantize_q2_k(blocks: torch.Tensor) -> torch.Tensor:
     scale = float16_at(blocks, 80) * (blocks[:, :16] & 15).to(torch.float32)
     minimum = float16_at(blocks, 82) * (blocks[:, :16] >> 4).to(torch.float32)
-    codes = _unpack_two(blocks[:, 16:80]).to(torch.float32)
-    return _scale_blocks(codes, scale).sub_(minimum.unsqueeze(-1)).flatten(1)
+    codes = unpack_two(blocks[:, 16:80]).to(torch.float32)
+    return scale_blocks(codes, scale).sub_(minimum.unsqueeze(-1)).flatten(1)
 
 
 def dequantize_q3_k(blocks: torch.Tensor) -> torch.Tensor:
     low = spread_bits(blocks[:, 96:104], 4).flatten(1)
     high = spread_bits(blocks[:, 104:108], 2).flatten(1)
     six = (low | (high << 4)).to(torch.float32).sub_(32.0)
-    codes = _unpack_two(blocks[:, 32:96]) | (spread_bits(blocks[:, :32], 1).flatten(1) << 2)
-    return _scale_blocks(codes.to(torch.float32).sub_(4.0), float16_at(blocks, 108) * six).flatten(1)
-
-
-def dequantize_q5_k(blocks: torch.Tensor) -> torch.Tensor:
-    scale, minimum = unpack_scales(blocks)
-    codes = unpack_nibbles(blocks[:, 48:]) | (spread_bits(blocks[:, 16:48], 1).flatten(1) << 4)
-    return _scale_blocks(codes.to(torch.float32), scale).sub_(minimum.unsqueeze(-1)).flatten(1)
-
-
-def dequantize_q6_k(blocks: torch.Tensor) -> torch.Tensor:
-    scale = float16_at(blocks, 208) * blocks[:, 192:208].view(torch.int8).to(torch.float32)
-    low = spread_bits(blocks[:, :128].unflatten(-1, (2, 64)), 4).flatten(1)
-    codes = low | (_unpack_two(blocks[:, 128:192]) << 4)
-    return _scale_blocks(codes.to(torch.float32).sub_(32.0), scale).flatten(1)
+    codes = unpack_two(blocks[:, 32:96]) | (spread_bits(blocks[:, :32], 1).flatten(1) << 2)
+    return scale_blocks(codes.to(torch.float32).sub_(4.0), float16_at(blocks, 108) * six).flatten(1)
 
 
 Q2_K = GgmlType("Q2_K", 10, 256, 84, dequantize_q2_k)
 Q3_K = GgmlType("Q3_K", 11, 256, 110, dequantize_q3_k)
-Q5_K = GgmlType("Q5_K", 13, 256, 176, dequantize_q5_k)
-Q6_K = GgmlType("Q6_K", 14, 256, 210, dequantize_q6_k)

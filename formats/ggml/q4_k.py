@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 
 from .block_type import GgmlType, float16_at, float16_bytes, pack_nibbles, spread_bits
-from .q4_k_search import BLOCKS, ELEMENTS, Scales, search
+from .columns import by_pieces
+from .scale_min_search import BLOCKS, ELEMENTS, Scales, search
 
-# Super-blocks quantized at a time: the search's temporaries are about 14 times as large as the values.
-PIECE = 2**15
+LARGEST_CODE = 15
 
 
 def unpack_scale_codes(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +42,21 @@ def unpack_scales(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return float16_at(blocks, 0) * sc.to(torch.float32), float16_at(blocks, 2) * m.to(torch.float32)
 
 
+def pack_scales(scales: Scales) -> torch.Tensor:
+    """Scales of n super-blocks -> the first 16 bytes, uint8 [n, 16]."""
+    d, dmin = (float16_bytes(unit.unsqueeze(-1)) for unit in (scales.d, scales.dmin))
+    sc, m = (six_bits.t().to(torch.uint8) for six_bits in (scales.sc, scales.m))
+    return torch.cat((d, dmin, pack_scale_codes(sc, m)), dim=-1)
+
+
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 128] -> the 4-bit codes in element order, uint8 [n, 256]."""
     return spread_bits(packed.unflatten(-1, (4, 32)), 4).flatten(1)
+
+
+def pack_low_bits(codes: torch.Tensor) -> torch.Tensor:
+    """Bits 3..0 of codes: the reverse of `unpack_nibbles`."""
+    return pack_nibbles((codes & 15).unflatten(-1, (BLOCKS // 2, 2, ELEMENTS))).flatten(1)
 
 
 def dequantize_q4_k(blocks: torch.Tensor) -> torch.Tensor:
@@ -55,7 +67,7 @@ def dequantize_q4_k(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_q4_k(values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """Plain least squares by a search, see `q4_k_search.py`; not ggml's bytes.
+    """Plain least squares by a search, see `scale_min_search.py`; not ggml's bytes.
 
     That quantizer weights errors by magnitude and rounds scale and min apart. SQNR in dB on tests/golden, ggml's
     without an importance matrix and this one's: Gaussian rows 22.97 and 23.22, heavy-tailed 21.05 and 21.35, outlier
@@ -69,16 +81,12 @@ def quantize_q4_k(values: torch.Tensor, importance: torch.Tensor | None = None) 
     importance it would be by 0.24 dB; at s = 0.3 not even unrounded scales would gain another 0.2. No super-block has
     more weighted error than without importance.
     """
-    arguments = [values.split(PIECE)] if importance is None else [values.split(PIECE), importance.split(PIECE)]
-    return torch.cat([_packed(*search(*piece)) for piece in zip(*arguments, strict=True)])
+    return by_pieces(_quantize_piece, values, importance)
 
 
-def _packed(scales: Scales, codes: torch.Tensor) -> torch.Tensor:
-    """Scales of n super-blocks and codes [32, 8, n] -> uint8 [n, 144]."""
-    d, dmin = (float16_bytes(unit.unsqueeze(-1)) for unit in (scales.d, scales.dmin))
-    sc, m = (six_bits.t().to(torch.uint8) for six_bits in (scales.sc, scales.m))
-    pairs = codes.to(torch.uint8).permute(2, 1, 0).unflatten(1, (BLOCKS // 2, 2))
-    return torch.cat((d, dmin, pack_scale_codes(sc, m), pack_nibbles(pairs).flatten(1)), dim=-1)
+def _quantize_piece(values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+    scales, codes = search(values, LARGEST_CODE, importance)
+    return torch.cat((pack_scales(scales), pack_low_bits(codes)), dim=-1)
 
 
 Q4_K = GgmlType("Q4_K", 12, 256, 144, dequantize_q4_k, quantize_q4_k)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from ..base import UnknownQuantizationError
 from .block_type import FORMAT_PREFIX, GgmlType
 from .iq4 import IQ4_NL, IQ4_XS
-from .k_quants import Q2_K, Q3_K, Q5_K, Q6_K
+from .k_quants import Q2_K, Q3_K
 from .legacy import Q4_0, Q4_1, Q5_0, Q5_1
 from .plain import BF16, F16, F32
 from .q4_k import Q4_K
+from .q5_k import Q5_K
+from .q6_k import Q6_K
 from .q8_0 import Q8_0
 
 _SUPPORTED = (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS)

@@ -15,7 +15,7 @@ from .block_type import GgmlType
 from .registry import TYPES, type_from_name
 
 # Types whose quantizer takes the elements' importance into account. The C library's Q8_0 ignores it too.
-USES_IMPORTANCE = ("Q4_K",)
+USES_IMPORTANCE = ("Q4_K", "Q5_K", "Q6_K")
 # Of the mean: a channel that a few pictures never used may be used by the next one.
 SMALLEST_IMPORTANCE = 1e-3
 
@@ -68,8 +68,8 @@ def dequantize(blocks: torch.Tensor, ggml_type: GgmlType | str, dtype: torch.dty
 def quantize(values: torch.Tensor, ggml_type: GgmlType | str, importance: torch.Tensor | None = None) -> torch.Tensor:
     """Floating [..., K] -> uint8 [..., row bytes], contiguous, on the same device.
 
-    Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 give the bytes of ggml's reference code; Q4_K its own (see `q4_k.py`). Values that
-    are not finite are refused, as are those whose scale overflows float16.
+    Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 give the bytes of ggml's reference code; Q4_K, Q5_K and Q6_K their own (see
+    `q4_k.py`). Values that are not finite are refused, as are those whose scale overflows float16.
     """
     ggml_type = _resolve(ggml_type)
     if ggml_type.quantize_blocks is None:

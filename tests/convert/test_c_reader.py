@@ -69,7 +69,7 @@ def test_one_branch_of_every_type(tmp_path, fp8_files, c_read, kind):
     assert_tensors_follow_each_other(written.path, file)
     assert file.metadata["general.architecture"] == "ideogram4"
     assert file.metadata["general.quantization_version"] == gguf.GGML_QUANT_VERSION
-    name = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S"}.get(kind, f"MOSTLY_{kind}")
+    name = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}.get(kind, f"MOSTLY_{kind}")
     assert file.metadata["general.file_type"] == gguf.LlamaFileType[name]
     assert json.loads(file.metadata["lowbit.recipe"])["policy"]["default"] == kind
 

@@ -70,7 +70,7 @@ def test_errors_are_a_sentence_and_no_traceback(tmp_path, fp8_files):
     for arguments, text in (
         (("gguf", "broken.safetensors", "out.gguf"), "broken.safetensors: found 5,000 of"),
         (("gguf", "m.safetensors", "there.gguf"), "there.gguf: exists already"),
-        (("gguf", "m.safetensors", "out.gguf", "--policy", "q6_k"), "'q6_k': found no such file"),
+        (("gguf", "m.safetensors", "out.gguf", "--policy", "q3_k"), "'q3_k': found no such file"),
         (("gguf", "m.safetensors", "out.gguf", "--architecture", ""), "architecture: found '', expected a name"),
         (("int8", "m.safetensors", "out.safetensors", "--protect", "w9"), "'w9' fits no layer of m.safetensors"),
     ):

@@ -198,7 +198,7 @@ LAYOUTS = [
 ]
 # Every type for all weights, in one file a branch. Types that no Python quantizer writes hold random valid blocks:
 # there the original weights are no yardstick.
-RANDOM_VALUED = {"Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"}
+RANDOM_VALUED = {"Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS"}
 TYPES = {t: gguf_layout(f"gguf_{t}", linear=t) for t in small.GGUF_TYPES}
 
 

@@ -146,7 +146,9 @@ def test_what_has_no_effect_or_looks_wrong_is_logged(comfy_host, tmp_path, caplo
         load_pair(LoadRequest(str(unconditional)), str(conditional))
         load_pair(LoadRequest(str(conditional)), str(conditional))
         load_pair(LoadRequest(str(conditional), quantize=True, protected=("feed_forward.w2",)), NONE)
-    swapped, twice, ignored = caplog.messages
+        load_pair(LoadRequest(str(conditional)), NONE, unconditional_base_path=str(unconditional))
+    swapped, twice, ignored, no_branch = caplog.messages
     assert "are the wrong way round: conditional first" in swapped
     assert f"{conditional.name} is picked for both branches, but by its name holds one of them" in twice
     assert f"{conditional.name} is quantized already: protected_layers is ignored" in ignored
+    assert f"{conditional.name} is one model for both: base_checkpoint_unconditional is ignored" in no_branch

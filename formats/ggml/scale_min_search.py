@@ -1,4 +1,4 @@
-"""What a Q4_K super-block stores for given values: w = d * sc * q - dmin * m of least squared error.
+"""What a Q4_K or Q5_K super-block stores for given values: w = d * sc * q - dmin * m of least squared error.
 
 1. Starts: for every block a grid of scales and mins. Each gives codes q, and those the scale and min that fit them best
    (a line through 32 points). What a start is worth follows from three sums over its codes: of q, q * q, q * value.
@@ -18,17 +18,17 @@ from typing import NamedTuple
 import torch
 
 from .block_type import inverse_or_zero, to_float16
+from .columns import as_columns, in_element_order, nearest_float16, sum_in_order
 
 BLOCKS = 8
 ELEMENTS = 32
-LARGEST_CODE = 15
 LARGEST_SIX_BITS = 63
-LARGEST_FLOAT16 = 65504.0
 
-# Starts: which codes, before rounding and clamping, the smallest and the largest value of a block get.
-STARTS = tuple(itertools.product((-0.5, -0.1, 0.3, 0.7), (14.3, 14.7, 15.1, 15.5)))
+# Starts: which codes, before rounding and clamping, the smallest value of a block gets, and how far above the largest
+# code that of the largest value lies.
+STARTS = tuple(itertools.product((-0.5, -0.1, 0.3, 0.7), (-0.7, -0.3, 0.1, 0.5)))
 # Where elements differ in importance it may pay to cut off an unimportant smallest or largest one.
-WEIGHTED_STARTS = (*STARTS, (-1.5, 15.3), (-1.5, 16.2), (-0.3, 16.8), (-3.0, 15.3), (-3.0, 17.0))
+WEIGHTED_STARTS = (*STARTS, (-1.5, 0.3), (-1.5, 1.2), (-0.3, 1.8), (-3.0, 0.3), (-3.0, 2.0))
 # By how many codes the two ends move for the second step.
 NEARBY = ((0.0, 0.0), *itertools.product((-0.2, 0.2), repeat=2))
 # What sc and m a super-block's largest scale and min get, before rounding: one d and dmin of each pair is tried.
@@ -71,22 +71,24 @@ class Fit(NamedTuple):
 class SuperBlocks:
     """Values as columns, [32, 8, n] (element, block, super-block): a sum over a block adds whole rows.
 
-    centered: the values less `mean`, the weighted mean of their block. total: a block's sum of weights.
-    low, span: its smallest value or 0, and how far above that its largest one is. [8, n] each.
+    largest_code: 15 in Q4_K, 31 in Q5_K. centered: the values less `mean`, the weighted mean of their block.
+    total: a block's sum of weights. low, span: its smallest value or 0, and how far above that its largest one is.
+    [8, n] each.
     """
 
-    def __init__(self, values: torch.Tensor, importance: torch.Tensor | None):
-        columns = _columns(values)
-        self.weights = None if importance is None else _columns(importance)
+    def __init__(self, values: torch.Tensor, largest_code: int, importance: torch.Tensor | None):
+        self.largest_code = largest_code
+        columns = as_columns(values, ELEMENTS)
+        self.weights = None if importance is None else as_columns(importance, ELEMENTS)
         # For codes and their products: fresh memory for each would cost more than the arithmetic.
         self._codes, self._products = torch.empty_like(columns), torch.empty_like(columns)
         if self.weights is None:
             self.total = torch.full_like(columns[0], ELEMENTS)
-            self.mean = _sum(self._products.copy_(columns)) / self.total
+            self.mean = sum_in_order(self._products.copy_(columns)) / self.total
         else:
             self._weighted = torch.empty_like(columns)
-            self.total = _sum(self._products.copy_(self.weights)).clone()
-            self.mean = _sum(torch.mul(columns, self.weights, out=self._products)) / self.total
+            self.total = sum_in_order(self._products.copy_(self.weights)).clone()
+            self.mean = sum_in_order(torch.mul(columns, self.weights, out=self._products)) / self.total
         self.low = columns.amin(dim=0).clamp_(max=0)
         self.span = columns.amax(dim=0).sub_(self.low)
         self.centered = columns.sub_(self.mean)
@@ -97,13 +99,13 @@ class SuperBlocks:
 
     def _codes_at(self, inverse_scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
         shifted = torch.add(self.centered, minimum + self.mean, out=self._codes)
-        return shifted.mul_(inverse_scale).round_().clamp_(0, LARGEST_CODE)
+        return shifted.mul_(inverse_scale).round_().clamp_(0, self.largest_code)
 
     def error(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
         """The weighted squared error of each super-block, [n]."""
         codes = self.codes(scale, minimum)
         squares = codes.mul_(scale).sub_(minimum + self.mean).sub_(self.centered).square_()
-        return _sum(_sum(squares if self.weights is None else squares.mul_(self.weights))).clone()
+        return sum_in_order(sum_in_order(squares if self.weights is None else squares.mul_(self.weights))).clone()
 
     def sums(self, scales: torch.Tensor, minimums: torch.Tensor) -> torch.Tensor:
         """Scales and mins [tries, 8, n] -> weighted sums of q, q * q and q * centered, [3, tries, 8, n]."""
@@ -112,20 +114,22 @@ class SuperBlocks:
             codes = weighted = self._codes_at(inverse, minimum)
             if self.weights is not None:
                 weighted = torch.mul(codes, self.weights, out=self._weighted)
-            sums[1, i] = _sum(torch.mul(weighted, codes, out=self._products))
-            sums[2, i] = _sum(torch.mul(weighted, self.centered, out=self._products))
-            sums[0, i] = _sum(weighted)
+            sums[1, i] = sum_in_order(torch.mul(weighted, codes, out=self._products))
+            sums[2, i] = sum_in_order(torch.mul(weighted, self.centered, out=self._products))
+            sums[0, i] = sum_in_order(weighted)
         return sums
 
 
-def search(values: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[Scales, torch.Tensor]:
-    """Values and their importance, float32 [n, 256] -> scales, and codes as whole float32 [32, 8, n]."""
-    blind = None if importance is None else search(values)[0]
-    blocks = SuperBlocks(values, importance)
+def search(
+    values: torch.Tensor, largest_code: int, importance: torch.Tensor | None = None
+) -> tuple[Scales, torch.Tensor]:
+    """Values and their importance, float32 [n, 256] -> scales, and codes uint8 [n, 256]."""
+    blind = None if importance is None else search(values, largest_code)[0]
+    blocks = SuperBlocks(values, largest_code, importance)
     scales = _search(blocks)
     if blind is not None:
         scales = _better(blocks, scales, blind)
-    return scales, blocks.codes(*scales.of_blocks())
+    return scales, in_element_order(blocks.codes(*scales.of_blocks()))
 
 
 def _search(blocks: SuperBlocks) -> Scales:
@@ -144,14 +148,16 @@ def _better(blocks: SuperBlocks, new: Scales, old: Scales) -> Scales:
 
 
 def _start(blocks: SuperBlocks) -> Fit:
-    low_code, high_code = _columns_of(STARTS if blocks.weights is None else WEIGHTED_STARTS, blocks.low.device)
+    starts = STARTS if blocks.weights is None else WEIGHTED_STARTS
+    ends = tuple((low, blocks.largest_code + above) for low, above in starts)
+    low_code, high_code = _columns_of(ends, blocks.low.device)
     scales = blocks.span / (high_code - low_code)
     return _best_fit(blocks, scales, (low_code * scales - blocks.low).clamp_(min=0))
 
 
 def _nearby(blocks: SuperBlocks, fit: Fit) -> Fit:
     low_step, high_step = _columns_of(NEARBY, blocks.low.device)
-    scales = fit.scale * (LARGEST_CODE / (LARGEST_CODE + high_step - low_step))
+    scales = fit.scale * (blocks.largest_code / (blocks.largest_code + high_step - low_step))
     return _best_fit(blocks, scales, (fit.minimum + low_step * scales).clamp_(min=0))
 
 
@@ -189,7 +195,7 @@ def _units(blocks: SuperBlocks, fit: Fit) -> tuple[torch.Tensor, torch.Tensor]:
     d = to_float16(fit.scale.amax(dim=0) / sc).to(torch.float32)
     dmin = to_float16(fit.minimum.amax(dim=0) / m).to(torch.float32)
     loss, _, _ = _rounded(blocks, fit, d, dmin)
-    best = _sum(loss.transpose(0, 1)).min(dim=0, keepdim=True).indices
+    best = sum_in_order(loss.transpose(0, 1)).min(dim=0, keepdim=True).indices
     return d.squeeze(1).gather(0, best)[0], dmin.squeeze(1).gather(0, best)[0]
 
 
@@ -218,30 +224,14 @@ def _rounded(
 def _refitted_units(blocks: SuperBlocks, fit: Fit, scales: Scales) -> tuple[torch.Tensor, torch.Tensor]:
     """The d and dmin, [n], that fit the codes of all eight blocks best beside their sc and m: two linear equations."""
     sc, m = scales.sc, scales.m
-    dd, dm, mm = _sum(sc * sc * fit.square), _sum(sc * m * fit.code), _sum(m * m * blocks.total)
-    dx, mx = _sum(sc * fit.product), _sum(m * blocks.mean * blocks.total)
+    dd, dm, mm = map(sum_in_order, (sc * sc * fit.square, sc * m * fit.code, m * m * blocks.total))
+    dx, mx = sum_in_order(sc * fit.product), sum_in_order(m * blocks.mean * blocks.total)
     inverse_mm = inverse_or_zero(mm)
-    d = _nearest_float16((dx - dm * mx * inverse_mm) * inverse_or_zero(dd - dm * dm * inverse_mm))
-    return d, _nearest_float16((d * dm - mx) * inverse_mm)
-
-
-def _nearest_float16(units: torch.Tensor) -> torch.Tensor:
-    return units.clamp(0, LARGEST_FLOAT16).to(torch.float16).to(torch.float32)
-
-
-def _columns(values: torch.Tensor) -> torch.Tensor:
-    return values.unflatten(-1, (BLOCKS, ELEMENTS)).permute(2, 1, 0).contiguous()
+    d = nearest_float16(((dx - dm * mx * inverse_mm) * inverse_or_zero(dd - dm * dm * inverse_mm)).clamp_(min=0))
+    return d, nearest_float16(((d * dm - mx) * inverse_mm).clamp_(min=0))
 
 
 def _columns_of(pairs: tuple[tuple[float, float], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The first and the second numbers, float32 [tries, 1, 1] each."""
     first, second = torch.tensor(pairs, dtype=torch.float32, device=device).unbind(dim=1)
     return first.view(-1, 1, 1), second.view(-1, 1, 1)
-
-
-def _sum(terms: torch.Tensor) -> torch.Tensor:
-    """Over the first dimension, a power of two; overwrites the terms. torch's own sum has no fixed order."""
-    while terms.shape[0] > 1:
-        half = terms.shape[0] // 2
-        terms = terms[:half].add_(terms[half:])
-    return terms[0]
