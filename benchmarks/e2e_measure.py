@@ -39,7 +39,7 @@ def resident_bytes() -> tuple[int, int | None]:
     status = pathlib.Path("/proc/self/status")
     anonymous = None
     if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         anonymous = int(fields["RssAnon"].split()[0]) * 1024
     return psutil.Process().memory_info().rss, anonymous
 

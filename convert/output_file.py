@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # The ending of a file that waits whether it is needed again.
 _PREVIOUS = "previous"
 FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+WINDOWS = os.name == "nt"
+NOT_IN_NAMES_ON_WINDOWS = frozenset('<>:"|?*')
 # The second is what Windows answers to a path of more than 260 characters, in a folder that is there.
 LONG_NAME = (errno.ENAMETOOLONG, errno.ENOENT)
 
@@ -37,6 +39,9 @@ def check_targets(targets: Iterable[str], sources: Iterable[str], overwrite: boo
             raise ValueError(f"{target}: there is no folder {folder}. Make it, or pick another one.")
         if os.path.isdir(target):
             raise ValueError(f"{target}: found a folder, expected the name of a file to write.")
+        if WINDOWS and (wrong := NOT_IN_NAMES_ON_WINDOWS & set(os.path.basename(target))):
+            # A colon would name a part of another file, which can be written but not renamed.
+            raise ValueError(f"{target}: found {' '.join(sorted(wrong))} in the name, which Windows does not take.")
         _check_writable(target, existing)
         if not os.path.lexists(target):
             continue
@@ -45,6 +50,11 @@ def check_targets(targets: Iterable[str], sources: Iterable[str], overwrite: boo
             raise ValueError(f"{target}: is read itself and cannot be the result: pick another name.")
         if not overwrite:
             raise _exists(target)
+        if WINDOWS:
+            try:
+                os.rename(target, target)  # refused for a file that a program has open, as replacing it would be
+            except OSError as error:
+                raise _in_use(target, error) from error
 
 
 def check_space(folder: str, size_bytes: int) -> None:
@@ -182,10 +192,7 @@ class OutputFile:
                 f"{self.path}: the disk is full, or does not take files of this size ({error.strerror}). Nothing was "
                 "kept: free some space, or write to another disk."
             )
-        return RuntimeError(
-            f"{self.path}: cannot be written ({error.strerror}). If the file is in use, unload the model or pick "
-            "another name."
-        )
+        return _in_use(self.path, error)
 
 
 def commit_together(files: Sequence[OutputFile]) -> None:
@@ -220,6 +227,13 @@ def _delete(path: str) -> None:
 
 def _not_writable(path: str, error: OSError) -> RuntimeError:
     return RuntimeError(f"{path}: cannot be written ({error.strerror}). Pick a folder that you may write to.")
+
+
+def _in_use(path: str, error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"{path}: cannot be written ({error.strerror}). If the file is in use, let go of it with Unload Models and "
+        "Execution Cache, or pick another name."
+    )
 
 
 def _exists(path: str) -> ValueError:

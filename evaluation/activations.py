@@ -58,7 +58,7 @@ class LayerStatistics:
     def update(self, x: torch.Tensor) -> None:
         """Add what a call reads: x[..., K]. Brought to the layer's device where the model runs on a second one too."""
         device = self._absmax.device
-        x = x.detach().reshape(-1, self.K).to(device, non_blocking=True)
+        x = x.detach().reshape(-1, self.K).to(device, non_blocking=device.type == "cuda")
         if x.dtype not in DTYPES:
             x = x.float()
         count = x.shape[0]
@@ -92,7 +92,7 @@ def _draw(seen: int, count: int, device: torch.device) -> tuple[torch.Tensor, to
     chosen = dict(zip(slots[rows].tolist(), rows.tolist(), strict=True))  # of two rows for a slot the later one stays
     # From ordinary memory a copy without waiting is staged: the device does not have to catch up.
     return tuple(
-        torch.tensor(list(numbers), dtype=torch.int64).to(device, non_blocking=True)
+        torch.tensor(list(numbers), dtype=torch.int64).to(device, non_blocking=device.type == "cuda")
         for numbers in (chosen.values(), chosen)
     )
 

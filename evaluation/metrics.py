@@ -21,6 +21,8 @@ def sqnr_db(signal_energy: float, noise_energy: float) -> float:
 
 def energy(x: torch.Tensor) -> float:
     """The sum of squares, in float64: squares of float32 may be larger than the largest of it, or zero."""
+    if x.device.type not in ("cpu", "cuda"):
+        x = x.cpu()  # Apple's GPUs and some of Intel's have no float64
     return float(x.double().square().sum())
 
 

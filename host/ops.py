@@ -353,6 +353,8 @@ def quantize_on_the_fly(weight: torch.Tensor) -> QuantizedWeight:
     """A float or FP8 weight [N, K] as an INT8 weight with per-channel scales, found on the device that runs models."""
     quantized = layouts.from_host(weight)
     device = comfy.model_management.get_torch_device()
+    if quantized is not None and device.type != "cuda":  # Apple's GPUs hold no FP8
+        weight, quantized = quantized.dequantize(), None
     values = weight.to(device) if quantized is None else _moved(quantized, device).dequantize()
     return _moved(int8.quantize_weight(values), weight.device)
 

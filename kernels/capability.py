@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 # Below this, Triton 3.6 cannot compile an int8 product at all (tried for compute capability 7.5).
 OLDEST_CAPABILITY = (8, 0)
 
+LONGEST_REASON = 160  # characters
+
 _launch_failures: dict[torch.device, str | None] = {}
 # What a launch may fail of at one time and not at another.
 _PASSING = ("out of memory", "captur")
@@ -50,8 +52,10 @@ def _launch_failure(device: torch.device) -> str | None:
             _launch_failures[device] = None
         except Exception as error:  # of a compiler, an assembler or a driver, each with its own
             reason = str(error).strip().partition("\n")[0]
-            if any(text in reason for text in _PASSING):
+            if isinstance(error, RuntimeError) and any(text in reason for text in _PASSING):
                 return None  # the op's own launch says it
+            if len(reason) > LONGEST_REASON:  # a compiler's command with all its folders
+                reason = f"{reason[: LONGEST_REASON // 2]} ... {reason[-LONGEST_REASON // 2 :]}"
             _launch_failures[device] = f"cannot build a kernel here: {type(error).__name__}: {reason}"
             logger.warning("Lowbit: no Triton kernel runs on %s, everything gets slower: %s", device, reason)
     return _launch_failures[device]

@@ -27,8 +27,10 @@ def supports(call: Int8LinearCall) -> str | None:
     if call.device.type == "cpu" and not _is_exact_on_the_cpu():
         return "needs a CPU with VNNI, whose sums are exact"
     if call.device.type == "cuda":
+        if torch.version.hip is not None:
+            return "is not tested on ROCm, where some GPUs fail in it"
         capability = device_capability(call.device)
-        if torch.version.hip is None and capability < (7, 5):
+        if capability < (7, 5):
             return f"needs compute capability 7.5, found {capability[0]}.{capability[1]}"
         if call.M <= 16:
             return f"needs more than 16 tokens on CUDA, found M={call.M}"

@@ -23,4 +23,4 @@ def run(call: RecordChannelsCall) -> None:
     call.square_sum.addcmul_(root, root)
     if call.rows.numel():
         drawn = call.x.index_select(0, call.rows).to(torch.bfloat16)
-        call.sample.index_copy_(0, call.slots, drawn)
+        call.sample[call.slots] = drawn  # not index_copy_, which Apple's GPUs lack in torch 2.7

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import logging
 import os
@@ -305,10 +306,37 @@ def test_a_pair_that_cannot_be_replaced_stays(tmp_path, monkeypatch, broken, cal
         real(*arguments)
 
     monkeypatch.setattr(output_file.os, broken, fails)
-    text = r"m(_uncond)?: cannot be written \(Access is denied\)\. If the file is in use, unload the model or pick"
+    text = r"m(_uncond)?: cannot be written \(Access is denied\)\. If the file is in use, let go of it"
     with pytest.raises(RuntimeError, match=text):
         pair(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"m": b"oldm", "m_uncond": b"oldm_uncond"}
+
+
+def test_on_windows_a_file_in_use_is_refused_before_anything_takes_time(tmp_path, monkeypatch):
+    target = tmp_path / "m.gguf"
+    target.write_bytes(b"mapped by a loaded model")
+    monkeypatch.setattr(output_file, "WINDOWS", True)
+    output_file.check_targets([str(target)], [], overwrite=True)
+
+    def denied(*arguments):
+        raise PermissionError(errno.EACCES, "The process cannot access the file")
+
+    monkeypatch.setattr(output_file.os, "rename", denied)
+    with pytest.raises(RuntimeError, match=r"cannot access the file.* Unload Models and Execution Cache"):
+        output_file.check_targets([str(target)], [], overwrite=True)
+    assert target.read_bytes() == b"mapped by a loaded model"
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_on_windows_a_colon_names_a_part_of_another_file(tmp_path, monkeypatch, windows):
+    monkeypatch.setattr(output_file, "WINDOWS", windows)
+    check = functools.partial(output_file.check_targets, [str(tmp_path / "model:v2?.gguf")], [], overwrite=False)
+    if windows:
+        with pytest.raises(ValueError, match=r"model:v2\?\.gguf: found : \? in the name, which Windows does not take"):
+            check()
+    else:
+        check()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_old_file_that_cannot_be_put_back_or_deleted_is_told(tmp_path, monkeypatch, caplog):

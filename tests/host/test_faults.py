@@ -61,7 +61,7 @@ class Server:
     def latent(self, prompt: graphs.Prompt) -> torch.Tensor:
         """Runs a prompt and returns the latent that it has written."""
         (path,) = self.running.files(self.running.queue(prompt))
-        latent = load_file(path)["samples"]
+        latent = load_file(path)["samples"].clone()  # Windows deletes no file that is mapped
         path.unlink()
         return latent
 

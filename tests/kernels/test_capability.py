@@ -1,5 +1,7 @@
 """Why Triton does not run somewhere, as it is told in the log and in Inspect Quantized Model."""
 
+import subprocess
+
 import pytest
 import torch
 import torch._dynamo
@@ -39,6 +41,15 @@ def test_a_machine_without_a_compiler(launch):
     assert not has_fused_kernels(GPU)
     launch(lambda device: None)
     assert not has_fused_kernels(GPU), "it is tried once"
+
+
+def test_a_compiler_that_fails_is_told_in_short(launch):
+    """Its command names its folders, by chance one with a word that errors of a moment have."""
+    command = [r"D:\captured\python\tcc.exe", *(f"-Ifolder{i}" for i in range(99)), "-o", "kernel.pyd"]
+    launch(failing(subprocess.CalledProcessError(1, command)))
+    reason = capability.triton_refusal(GPU)
+    assert reason.startswith("cannot build a kernel here: CalledProcessError: Command") and len(reason) < 220
+    assert "tcc.exe" in reason and reason.endswith("returned non-zero exit status 1.")
 
 
 @pytest.mark.parametrize(

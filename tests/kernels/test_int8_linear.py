@@ -3,6 +3,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -403,6 +404,7 @@ def test_what_does_not_fit_is_refused():
 # Prints what the op says of a product by oneDNN for an older CPU, and whether its own is exact.
 PRODUCT_ON_AN_OLD_CPU = """
 import sys
+import types
 sys.path.insert(0, "tests")
 import conftest
 import torch
@@ -411,6 +413,15 @@ ones, codes = torch.ones(32, 1), torch.full((32, 64), 127, dtype=torch.int8)
 print(op.OP.refusals(op.Int8LinearCall(codes, ones, codes, ones, None, torch.float32))["torch_impl"])
 print(bool((op.int8_linear(codes, ones, codes, ones, None, torch.float32) == 64 * 127**2).all()))
 """
+
+
+@pytest.mark.parametrize("hip", [None, "6.4"])
+def test_rocm_is_left_to_the_definition(monkeypatch, hip):
+    """`torch._int_mm` ends the process on some of its GPUs."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch_impl, "device_capability", lambda device: (11, 0))
+    call = types.SimpleNamespace(device=torch.device("cuda"), M=32, N=64, K=64)
+    assert torch_impl.supports(call) == (hip and "is not tested on ROCm, where some GPUs fail in it")
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="limits oneDNN to an older x86 CPU")
