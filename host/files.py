@@ -134,9 +134,14 @@ def list_text_encoder_gguf() -> list[str]:
     return folder_paths.get_filename_list(TEXT_ENCODER_GGUF_FOLDER)
 
 
-def list_safetensors() -> list[str]:
+def list_text_encoders() -> list[str]:
+    """GGUF and safetensors text encoders to pick from, as the host names them."""
+    return sorted([*list_text_encoder_gguf(), *list_safetensors(TEXT_ENCODER_FOLDER)])
+
+
+def list_safetensors(folder: str = MODEL_FOLDER) -> list[str]:
     """Safetensors files to pick from, as the host names them."""
-    names = folder_paths.get_filename_list(MODEL_FOLDER)
+    names = folder_paths.get_filename_list(folder)
     return [name for name in names if name.lower().endswith((".safetensors", ".sft"))]
 
 
@@ -147,8 +152,9 @@ def full_path(name: str) -> str:
 
 
 def text_encoder_path(name: str) -> str:
-    """The path of a picked GGUF text encoder. Raises FileNotFoundError, with the name, when it is gone."""
-    return _full_path(TEXT_ENCODER_GGUF_FOLDER, name, TEXT_ENCODER_FOLDER)
+    """The path of a picked text encoder. Raises FileNotFoundError, with the name, when it is gone."""
+    folder = TEXT_ENCODER_GGUF_FOLDER if name.lower().endswith(".gguf") else TEXT_ENCODER_FOLDER
+    return _full_path(folder, name, TEXT_ENCODER_FOLDER)
 
 
 def _full_path(folder: str, name: str, shown_folder: str) -> str:

@@ -27,10 +27,11 @@ Weights = dict[str, "torch.Tensor | GgmlWeight"]
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """The weights of a text encoder under the host's names. architecture: llama.cpp's word for the model family."""
+    """The weights of a text encoder under the host's names. architecture: llama.cpp's word for the model family; None
+    for a file whose tensors had the host's names already."""
 
     path: str
-    architecture: str
+    architecture: str | None
     weights: Weights
 
 
@@ -114,7 +115,11 @@ _TOKENIZER_MISSING = ("gemma", "gemma2", "gemma3", "mistral3")
 
 def read_text_encoder(path: str | os.PathLike, open_file: Callable[..., MappedFile] = MappedFile) -> TextEncoder:
     """Read a text encoder; its tensors are views on the mapped file. Raises CheckpointError."""
-    file = open_checkpoint(path, open_file)
+    return text_encoder_of(open_checkpoint(path, open_file))
+
+
+def text_encoder_of(file: CheckpointFile) -> TextEncoder:
+    """The text encoder in an opened GGUF file. Raises CheckpointError."""
     architecture = _architecture(file)
     family = FAMILIES[architecture]
     keys = _host_keys(file, family)
@@ -137,6 +142,14 @@ def _architecture(file: CheckpointFile) -> str:
     architecture = file.metadata.get("general.architecture")
     if isinstance(architecture, str) and architecture in FAMILIES:
         return architecture
+    if architecture == "clip" and any(name.startswith(("text_model.", "t.")) for name in file.tensors):
+        raise CheckpointError(
+            file.path,
+            found="a CLIP in GGUF",
+            expected=f"one of {', '.join(FAMILIES)}",
+            todo="Take its safetensors version, which is small: ComfyUI's loaders read it, and so does Load Dual CLIP "
+            "(GGUF) beside a GGUF file.",
+        )
     if architecture == "clip" or file.metadata.get("general.type") == "mmproj":
         raise CheckpointError(
             file.path,

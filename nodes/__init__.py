@@ -13,6 +13,7 @@ from .inspect_quantized_model import InspectQuantizedModel  # noqa: E402
 from .load_clip_gguf import LoadClipGguf  # noqa: E402
 from .load_diffusion_model_gguf import LoadDiffusionModelGguf  # noqa: E402
 from .load_diffusion_model_int8 import LoadDiffusionModelInt8  # noqa: E402
+from .load_dual_clip_gguf import LoadDualClipGguf  # noqa: E402
 from .profile_activations import ProfileActivations  # noqa: E402
 from .save_as_gguf import SaveAsGguf  # noqa: E402
 from .save_as_int8 import SaveAsInt8  # noqa: E402
@@ -30,6 +31,7 @@ class LowbitExtension(ComfyExtension):
             LoadDiffusionModelInt8,
             LoadDiffusionModelGguf,
             LoadClipGguf,
+            LoadDualClipGguf,
             CompileModel,
             InspectQuantizedModel,
             SaveAsInt8,

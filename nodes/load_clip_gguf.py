@@ -52,4 +52,4 @@ class LoadClipGguf(io.ComfyNode):
     @classmethod
     def execute(cls, clip_name, type, device="default") -> io.NodeOutput:
         path = files.text_encoder_path(clip_name)
-        return io.NodeOutput(text_encoder.load_clip(text_encoder.TextEncoderRequest(path, type, device)))
+        return io.NodeOutput(text_encoder.load_clip(text_encoder.TextEncoderRequest((path,), type, device)))

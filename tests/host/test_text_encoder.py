@@ -60,7 +60,7 @@ def decoder(width, *, heads, kv_heads, layers, vocabulary, norms=False, bias=Fal
 
 
 def load(module, path, type="ideogram4", device="default"):
-    return module.load_clip(module.TextEncoderRequest(str(path), type, device))
+    return module.load_clip(module.TextEncoderRequest((str(path),), type, device))
 
 
 def stock(comfy_host, state_dict: small.StateDict, type: str = "ideogram4"):

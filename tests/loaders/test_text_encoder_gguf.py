@@ -127,6 +127,7 @@ def without(floats: small.StateDict, part: str) -> small.StateDict:
     ("floats", "architecture", "metadata", "found", "todo"),
     [
         (MODELS["qwen3"], "clip", {}, "vision part of a model (mmproj)", "main file of the same model"),
+        ({"text_model.a.weight": torch.zeros(4, 32)}, "clip", {}, "a CLIP in GGUF", "Take its safetensors version"),
         (MODELS["qwen3"], "flux", {}, "the architecture 'flux'", "Load Diffusion Model (GGUF)"),
         (MODELS["qwen3"], None, {}, "a file without an architecture", "Load Diffusion Model (GGUF)"),
         (MODELS["qwen3"], None, {"general.architecture": ["qwen3"]}, "the architecture ['qwen3']", "Load Diffusion"),
