@@ -55,7 +55,7 @@ def allow_saving_offloaded_integers() -> None:
     """Let the host save integer weights of offloaded modules.
 
     Its placeholder for a tensor that is fetched while a file is written is an `nn.Parameter` that asks for gradients,
-    which torch refuses for integers (seen in ComfyUI 0.30.0 and 0.33.0; a host that has it mended is left alone).
+    which torch refuses for integers (seen in ComfyUI 0.30 to 0.39; a host that has it mended is left alone).
     """
     from comfy.model_patcher import LazyCastingParamPiece
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -153,7 +154,9 @@ def _weights_on_device(module: torch.nn.Module, device: torch.device) -> Iterato
     try:
         comfy.model_prefetch.prefetch_queue_pop(queue, device, module)
     except BaseException:  # out of memory, or cancelled: nobody else lets go of what has been fetched
-        comfy.model_prefetch.cleanup_prefetched_modules(managed)
+        cleanup = comfy.model_prefetch.cleanup_prefetched_modules
+        takes_block = len(inspect.signature(cleanup).parameters) > 1  # from ComfyUI 0.34 on
+        cleanup(*((module,) if takes_block else ()), managed)
         raise
     try:
         with contextlib.ExitStack() as stack:

@@ -35,12 +35,15 @@ from ..kernels.swiglu_quantize import swiglu_quantize
 from .activations import QuantizedActivations, changed, differentiated
 from .ops import LowbitLinear
 
-# The host's functions that are replaced, as they are known to compute what is computed here (ComfyUI 0.30 to 0.33).
-REPLACED = (
-    host_model.Ideogram4TransformerBlock.forward,
-    host_feed_forward.FeedForward.forward,
-    host_feed_forward.FeedForward._forward_silu_gating,
-)
+
+def _host_functions() -> tuple[Callable | None, ...]:
+    block, feed_forward = host_model.Ideogram4TransformerBlock, host_feed_forward.FeedForward
+    return block.forward, feed_forward.forward, getattr(feed_forward, "_forward_silu_gating", None)
+
+
+# The host's functions that are replaced, as they are known to compute what is computed here (ComfyUI 0.30 to 0.39);
+# None where a host has no such function.
+REPLACED = _host_functions()
 ATTENTION = host_model.Ideogram4Attention.forward
 _KEY = "lowbit_fused_block"
 FORWARD, GATING = "forward", "feed_forward._forward_silu_gating"  # of a block
@@ -133,10 +136,7 @@ def in_the_way(block: torch.nn.Module) -> str | None:
 
 def classes_are_known() -> bool:
     """Whether the host's functions are still those that were there when this module was imported."""
-    block, feed_forward = host_model.Ideogram4TransformerBlock, host_feed_forward.FeedForward
-    return REPLACED == (block.forward, feed_forward.forward, feed_forward._forward_silu_gating) and (
-        host_model.Ideogram4Attention.forward is ATTENTION
-    )
+    return REPLACED == _host_functions() and host_model.Ideogram4Attention.forward is ATTENTION
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from ..loaders.ideogram4 import TEXT_ONLY_MODULES
 from ..loaders.policy import layers_meant, linears_worth_quantizing, quantizes
 from . import compat, conditioning, fused_block, layouts, parallel_branches
 from .embedding import LowbitEmbedding
-from .files import HostFile, check_still_the_same, errors_for_the_page
+from .files import HostFile, check_still_the_same, errors_for_the_page, name_source
 from .ops import LoadSettings, LowbitLinear, make_operations
 from .patcher import adopt
 from .read_ahead import ReadAhead
@@ -132,6 +132,8 @@ def _build(request: LoadRequest, branch: Branch, disable_dynamic: bool = False) 
         model_options["dtype"] = dtype
     metadata = {key: value for key, value in branch.metadata.items() if isinstance(value, str)}
     state_dict = host_state_dict(branch, dtype or torch.bfloat16)
+    if bar is None:  # what is quantized now lies in memory
+        name_source(state_dict, branch.path)
     if is_quantized and is_diffusers(state_dict):
         raise _diffusers_names(branch)
     try:

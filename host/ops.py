@@ -12,13 +12,14 @@ import json
 from collections.abc import Callable
 
 import comfy.model_management
+import comfy.model_prefetch
 import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..formats import Fp8Weight, GgmlWeight, Int8Weight, QuantizedWeight, int8
-from ..kernels import quantized_linear
+from ..kernels import kept_memory, quantized_linear
 from ..kernels.int8_linear import int8_linear
 from ..kernels.kept_memory import KeptMemory
 from ..kernels.unpack_to_int8 import find_row_scale
@@ -27,6 +28,10 @@ from .activations import QuantizedActivations, Quantizer, changed, differentiate
 from .embedding import LowbitEmbedding
 from .lora import SidePath
 from .norm import LowbitNorm
+
+# A newer host puts an activation before or behind the product in `forward`, and the product in this.
+_FORWARD_LINEAR = hasattr(comfy.ops.mixed_precision_ops().Linear, "_forward_linear")
+kept_memory.outside_recording = getattr(comfy.model_prefetch, "pause_malloc_graph", kept_memory.outside_recording)
 
 
 @dataclasses.dataclass
@@ -177,12 +182,17 @@ class LowbitLinear:
     # Computing
 
     def forward(self, input, *args, **kwargs):
+        if args or kwargs:
+            return super().forward(input, *args, **kwargs)
+        return self._forward_linear(input)
+
+    def _forward_linear(self, input):
         has_codes = isinstance(input, QuantizedActivations)
         values = input.values if has_codes else input
         for observer in self.observers.values():
             observer(values)
         if layouts.from_host(self.weight) is None:
-            return super().forward(input, *args, **kwargs)
+            return super()._forward_linear(input) if _FORWARD_LINEAR else super().forward(input)
         comfy.ops.run_every_op()
         weight, bias, offload_stream = comfy.ops.cast_bias_weight(
             self,

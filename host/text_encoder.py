@@ -26,7 +26,7 @@ from ..loaders.file_state import FileState, file_states
 from ..loaders.text_encoder_gguf import TextEncoder, read_text_encoder, text_encoder_of
 from . import compat, layouts
 from .embedding import LowbitEmbedding
-from .files import HostFile, check_still_the_same, errors_for_the_page
+from .files import HostFile, check_still_the_same, errors_for_the_page, name_source
 from .ops import LoadSettings, LowbitLinear, make_operations
 from .patcher import adopt
 from .text_encoder_kinds import CLIPType, TEModel, check_complete, check_parts, known_kind, misfit
@@ -82,6 +82,8 @@ def _load_clip(request: TextEncoderRequest, disable_dynamic: bool) -> comfy.sd.C
         "offload_device", comfy.model_management.text_encoder_offload_device()
     )
     state_dicts = _OneByOne(encoders, settings)
+    for encoder, state_dict in zip(encoders, state_dicts, strict=True):
+        name_source(state_dict, encoder.path)
     kinds = [known_kind(*each, clip_type) for each in zip(encoders, state_dicts, strict=True)]
     if len(encoders) > 1:
         check_parts(encoders, kinds, clip_type, request.type)

@@ -7,12 +7,17 @@ row scales of two Q4_K models, 15 MB, cost 2 GiB in this way.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 
 BLOCK_BYTES = 16 * 2**20
+# What to allocate in, when the memory outlives the call: the host may be recording the allocations of a block of a
+# model, to give the next block the same memory. Set by whoever knows the host.
+outside_recording: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 _ALIGNMENT = 256  # of tensors in a block, as of the allocator's own
 
 
@@ -30,7 +35,7 @@ class KeptMemory:
         """
         if torch.compiler.is_compiling():
             return tensor
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), outside_recording():
             block, start = self._room(tensor.nbytes, tensor.device)
             copy = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         copy.lowbit_block = block  # the only thing that keeps the block alive

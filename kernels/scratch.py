@@ -12,6 +12,8 @@ import weakref
 
 import torch
 
+from . import kept_memory
+
 # Above, memory is allocated for the call: a buffer that is kept has to be small.
 LARGEST_BYTES = 128 * 2**20
 
@@ -37,7 +39,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if buffer is None or buffer.numel() < size_bytes:
         buffers.pop(device, None)
         del buffer  # given back before the larger one is asked for
-        buffer = buffers[device] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+        with kept_memory.outside_recording():
+            buffer = buffers[device] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     return buffer[:size_bytes].view(dtype).view(shape)
 
 

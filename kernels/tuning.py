@@ -35,6 +35,8 @@ from typing import Any
 
 import torch
 
+from . import kept_memory
+
 logger = logging.getLogger(__name__)
 
 BUDGET_S = 3.0
@@ -124,9 +126,12 @@ def _find(slot: tuple[str, str, torch.device, str], candidates: Sequence[Config]
             winner = candidates[candidates.index(stored)]
         elif _is_capturing(device):
             return winner  # for this time only
-        elif (measured := _measure(slot, candidates, run)) is not None:
-            winner = measured
-            _store(path, op, source, key, winner)
+        else:
+            with kept_memory.outside_recording():  # it waits for the device
+                measured = _measure(slot, candidates, run)
+            if measured is not None:
+                winner = measured
+                _store(path, op, source, key, winner)
     _process.winners[slot] = winner
     return winner
 

@@ -365,6 +365,27 @@ def test_saved_tensors_are_the_same(comfy_host, model, backend):
     assert saved.keys() == model.model_state_dict_for_saving().keys()
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_what_was_fetched_is_let_go_when_fetching_fails(comfy_host, monkeypatch, newer):
+    """ComfyUI 0.34 and later ask for the block beside its layers."""
+    from lowbit.host import compile as compile_
+
+    prefetch, let_go = comfy_host.module("comfy.model_prefetch"), []
+    block = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for layer in block:
+        layer._v = object()
+
+    def fails(queue, device, module):
+        raise torch.OutOfMemoryError("no room")
+
+    cleanup = (lambda module, layers: let_go.append((module, layers))) if newer else (lambda ls: let_go.append(ls))
+    monkeypatch.setattr(prefetch, "prefetch_queue_pop", fails)
+    monkeypatch.setattr(prefetch, "cleanup_prefetched_modules", cleanup)
+    with pytest.raises(torch.OutOfMemoryError), compile_._weights_on_device(block, torch.device("cuda")):
+        pass
+    assert let_go == [(block, list(block)) if newer else list(block)]
+
+
 # On a GPU
 
 

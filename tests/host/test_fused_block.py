@@ -159,6 +159,12 @@ def test_models_that_cannot_be_fused_are_left_alone(comfy_host, fused, tmp_path,
     assert fused.report(newer)[1] == "  2 not fused: this ComfyUI's block is not one that this version of Lowbit knows"
 
 
+def test_a_host_whose_feed_forward_has_no_gating_of_its_own(fused, monkeypatch):
+    monkeypatch.delattr(fused.host_feed_forward.FeedForward, "_forward_silu_gating")
+    monkeypatch.setattr(fused, "REPLACED", fused._host_functions())
+    assert fused.REPLACED[-1] is None and fused.fingerprint.__wrapped__() == ""
+
+
 @pytest.mark.parametrize(
     "body, hands_on",
     [
@@ -204,10 +210,10 @@ def test_one_timestep_for_a_batch(comfy_host, fused, tmp_path, monkeypatch, time
 @pytest.mark.parametrize("kind", ["int8", "q4_k"])
 def test_training_computes_in_floats(comfy_host, fused, tmp_path, monkeypatch, kind):
     path = quantized.write(tmp_path, kind)
+    monkeypatch.setattr(comfy_host.comfy.model_management, "in_training", True)
     expected = quantized.output(comfy_host, quantized.load(path, "exact"))
     model = quantized.load(path, "int8")
     counts = calls(monkeypatch, fused)
-    monkeypatch.setattr(comfy_host.comfy.model_management, "in_training", True)
     assert torch.equal(quantized.output(comfy_host, model), expected)
     assert not counts
 

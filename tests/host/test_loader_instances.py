@@ -33,6 +33,38 @@ def test_int8_mode_against_exact(comfy_host, tmp_path, kind):
     assert 40 < sqnr < 80
 
 
+def test_what_newer_hosts_ask_of_a_linear_layer_is_theirs(comfy_host, monkeypatch):
+    """They hand over an activation beside the input, and call `_forward_linear` for the product."""
+    from lowbit.host.ops import LoadSettings, make_operations
+
+    linear = make_operations(LoadSettings("m", "exact")).Linear(4, 3, dtype=torch.float32)
+    linear.load_state_dict({"weight": torch.ones(3, 4), "bias": torch.zeros(3)})
+    asked = []
+    host_linear = next(base for base in type(linear).__mro__ if base.__module__ == "comfy.ops")
+    monkeypatch.setattr(host_linear, "forward", lambda self, *args, **kwargs: asked.append((args, kwargs)) or args[0])
+    x = torch.ones(2, 4)
+    assert linear(x, input_act="swiglu", act_up=x) is x and asked == [((x,), {"input_act": "swiglu", "act_up": x})]
+    assert linear._forward_linear(x) is x and asked[1:] == [((x,), {})]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_host_can_tell_on_which_disk_a_model_lies(comfy_host, tmp_path, monkeypatch, quantize):
+    """From ComfyUI 0.37 on; what is quantized while it is loaded lies on none."""
+    from lowbit.host.model import NONE, LoadRequest, load_pair
+
+    sd, seen = comfy_host.module("comfy.sd"), set()
+    load = sd.load_diffusion_model_state_dict
+
+    def watched(state_dict, *args):
+        seen.update(getattr(tensor.untyped_storage(), "_comfy_source_path", None) for tensor in state_dict.values())
+        return load(state_dict, *args)
+
+    monkeypatch.setattr(sd, "load_diffusion_model_state_dict", watched)
+    path = small.save(tmp_path / "m.safetensors", small.ideogram4()) if quantize else quantized.write(tmp_path, "q4_k")
+    load_pair(LoadRequest(str(path), quantize=quantize), NONE)
+    assert seen == {None if quantize else str(path.resolve())}
+
+
 def test_int8_mode_is_the_product_of_the_codes(comfy_host, tmp_path):
     """The layer's output from its definition: integer product in int64, one epilogue in float32."""
     model = quantized.load(quantized.write(tmp_path, "int8"), "int8")

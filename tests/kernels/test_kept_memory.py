@@ -1,9 +1,11 @@
 """What outlives a call lies in few blocks, which go with the last tensor in them."""
 
+import contextlib
 import gc
 
 import pytest
 import torch
+from lowbit.kernels import kept_memory
 from lowbit.kernels.kept_memory import BLOCK_BYTES, KeptMemory
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -53,3 +55,20 @@ def test_a_block_lives_as_long_as_a_tensor_in_it(kept):
     gc.collect()
     assert block() is None
     assert torch.equal(kept.keep(torch.full((5,), 2.0)), torch.full((5,), 2.0))
+
+
+def test_memory_that_stays_is_allocated_outside_of_a_recording(kept, monkeypatch):
+    """A host that records what a block of a model allocates would give it to the next block."""
+    inside, made = [], []
+
+    @contextlib.contextmanager
+    def outside_recording():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(kept_memory, "outside_recording", outside_recording)
+    room = KeptMemory._room
+    monkeypatch.setattr(KeptMemory, "_room", lambda self, *args: made.append(bool(inside)) or room(self, *args))
+    kept.keep(torch.ones(4))
+    assert made == [True] and not inside

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lowbit.kernels import tuning
+from lowbit.kernels import kept_memory, tuning
 
 GPU = torch.device("cuda", 0)
 KEY = "M4096 N13824 K4608 bfloat16"
@@ -96,6 +96,22 @@ def warnings(caplog):
 )
 def test_buckets_are_powers_of_two_between_16_and_16384(M, expected):
     assert tuning.bucket(M) == expected
+
+
+def test_measuring_is_no_part_of_a_host_s_recording(bench, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def outside_recording():
+        runs = len(bench.runs)
+        yield
+        seen.append(len(bench.runs) - runs)
+
+    monkeypatch.setattr(kept_memory, "outside_recording", outside_recording)
+    bench.choose(A, B)
+    assert seen == [len(bench.runs)] and bench.runs
+    bench.choose(A, B)
+    assert len(seen) == 1
 
 
 def test_the_fastest_is_chosen_and_kept_in_memory(bench):
