@@ -77,6 +77,18 @@ def tune_kernels() -> io.Boolean.Input:
     )
 
 
+def text_encoder_device(stock: dict) -> io.Combo.Input:
+    """stock: the inputs of the host's own node."""
+    return io.Combo.Input(
+        "device",
+        options=list(stock["optional"]["device"][0]),
+        default="default",
+        optional=True,
+        advanced=True,
+        tooltip="default: the GPU, where there is one. cpu: encodes on the CPU, slow, without GPU memory.",
+    )
+
+
 def model_outputs() -> list[io.Model.Output]:
     return [
         io.Model.Output(

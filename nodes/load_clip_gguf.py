@@ -3,6 +3,7 @@ from comfy_api.latest import io
 from nodes import CLIPLoader  # the host's
 
 from ..host import files, text_encoder
+from . import inputs
 
 
 class LoadClipGguf(io.ComfyNode):
@@ -31,14 +32,7 @@ class LoadClipGguf(io.ComfyNode):
                     tooltip="The image model that the text is for, as in ComfyUI's Load CLIP: ideogram4 for Ideogram "
                     "4.",
                 ),
-                io.Combo.Input(
-                    "device",
-                    options=list(stock["optional"]["device"][0]),
-                    default="default",
-                    optional=True,
-                    advanced=True,
-                    tooltip="default: the GPU, where there is one. cpu: encodes on the CPU, slow, without GPU memory.",
-                ),
+                inputs.text_encoder_device(stock),
             ],
             outputs=[io.Clip.Output("clip", display_name="clip", tooltip="The text encoder, for CLIP Text Encode.")],
         )

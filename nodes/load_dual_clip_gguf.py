@@ -3,6 +3,7 @@ from comfy_api.latest import io
 from nodes import DualCLIPLoader  # the host's
 
 from ..host import files, text_encoder
+from . import inputs
 
 
 class LoadDualClipGguf(io.ComfyNode):
@@ -41,14 +42,7 @@ class LoadDualClipGguf(io.ComfyNode):
                     tooltip="The image or video model that the text is for, as in ComfyUI's Load CLIP (Dual). No GGUF "
                     "file serves sdxl, ltxv and newbie.",
                 ),
-                io.Combo.Input(
-                    "device",
-                    options=list(stock["optional"]["device"][0]),
-                    default="default",
-                    optional=True,
-                    advanced=True,
-                    tooltip="default: the GPU, where there is one. cpu: encodes on the CPU, slow, without GPU memory.",
-                ),
+                inputs.text_encoder_device(stock),
             ],
             outputs=[io.Clip.Output("clip", display_name="clip", tooltip="Both text encoders, for CLIP Text Encode.")],
         )
