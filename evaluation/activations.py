@@ -90,7 +90,8 @@ def _draw(seen: int, count: int, device: torch.device) -> tuple[torch.Tensor, to
     slots = torch.where(places < SAMPLE_ROWS, places.long(), slots)
     rows = (slots < SAMPLE_ROWS).nonzero().flatten()
     chosen = dict(zip(slots[rows].tolist(), rows.tolist(), strict=True))  # of two rows for a slot the later one stays
-    # From ordinary memory a copy without waiting is staged: the device does not have to catch up.
+    # From ordinary memory a copy without waiting is staged on CUDA: the device does not have to catch up. On Apple's
+    # GPUs it would read memory that is gone by then.
     return tuple(
         torch.tensor(list(numbers), dtype=torch.int64).to(device, non_blocking=device.type == "cuda")
         for numbers in (chosen.values(), chosen)

@@ -36,8 +36,9 @@ def errors_for_the_page() -> Iterator[None]:
 def name_source(state_dict: dict[str, torch.Tensor], path: str) -> None:
     """Let the host see which disk these weights are on, as its own loaders do (ComfyUI 0.37): those on a fast one it
     reads again instead of keeping a page-locked copy."""
+    path = os.path.realpath(path)
     for tensor in state_dict.values():
-        tensor.untyped_storage()._comfy_source_path = os.path.realpath(path)
+        tensor.untyped_storage()._comfy_source_path = path
 
 
 _refusals = 0

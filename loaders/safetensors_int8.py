@@ -27,15 +27,18 @@ Weights = dict[str, "torch.Tensor | QuantizedWeight"]
 
 INT8_FORMATS = ("int8_tensorwise", "lowbit_int8_smooth")
 FP8_FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-# Formats that nothing here reads: of the host's, and of ComfyUI-GGUF's.
-HOST_FORMATS = {
-    "nvfp4": "NVFP4",
-    "mxfp8": "MXFP8",
-    "convrot_w4a4": "INT4 (ConvRot)",
-    "asym_w4a8_int8": "INT4 (W4A8)",
-    "awq_w4a16": "INT4 (AWQ)",
+# Formats that nothing here reads, and what does.
+_HOST, _COMFYUI_GGUF = "ComfyUI's Load Diffusion Model node", "ComfyUI-GGUF"
+OTHER_FORMATS = {
+    "nvfp4": ("NVFP4", _HOST),
+    "mxfp8": ("MXFP8", _HOST),
+    "convrot_w4a4": ("INT4 (ConvRot)", _HOST),
+    "asym_w4a8_int8": ("INT4 (W4A8)", _HOST),
+    "awq_w4a16": ("INT4 (AWQ)", _HOST),
+    "int4_cr": ("INT4 (Q4_CR)", _COMFYUI_GGUF),
+    "int4_pytorch": ("INT4 (Q4_PT)", _COMFYUI_GGUF),
+    "int4_compact_gemm": ("INT4 (Q4_PT)", _COMFYUI_GGUF),
 }
-GGUF_FORMATS = {"int4_cr": "INT4 (Q4_CR)", "int4_pytorch": "INT4 (Q4_PT)", "int4_compact_gemm": "INT4 (Q4_PT)"}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Integers that no format explains; a model's own integer tensors are no `weight` of two dimensions.
 UNEXPLAINED = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
@@ -181,14 +184,14 @@ def _marked(module: _Module, marker: dict) -> QuantizedWeight:
         ggml_type = ggml.ggml_type_of_format(name)
         blocks = module.take_matrix("weight")
         return GgmlWeight(blocks, (blocks.shape[0], ggml.logical_K(ggml_type, blocks.shape[1])), ggml_type)
-    for formats, node in ((HOST_FORMATS, "ComfyUI's Load Diffusion Model node"), (GGUF_FORMATS, "ComfyUI-GGUF")):
-        if isinstance(name, str) and name in formats:
-            raise CheckpointError(
-                module.path,
-                found=f"the layer {module.name} in {formats[name]}, which Lowbit does not read",
-                expected="INT8, FP8, GGUF or unquantized layers",
-                todo=f"Load the file with {node}, or take a BF16, FP8, INT8 or GGUF file of the model.",
-            )
+    if isinstance(name, str) and name in OTHER_FORMATS:
+        known_as, reader = OTHER_FORMATS[name]
+        raise CheckpointError(
+            module.path,
+            found=f"the layer {module.name} in {known_as}, which Lowbit does not read",
+            expected="INT8, FP8, GGUF or unquantized layers",
+            todo=f"Load the file with {reader}, or take a BF16, FP8, INT8 or GGUF file of the model.",
+        )
     known = [*INT8_FORMATS, *FP8_FORMATS, "gguf_*"]
     raise module.error(f"the unknown quantization type {quoted(name)}", f"one of {', '.join(known)}")
 

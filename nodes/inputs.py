@@ -112,6 +112,12 @@ def fingerprint(*names: str | None) -> list[str]:
     return states if names[0] is not None else [*states, str(files.refusals())]
 
 
+def text_encoder_fingerprint(*names: str | None) -> list[str]:
+    """`fingerprint` for files of models/text_encoders."""
+    states = [repr(files.file_state(files.text_encoder_path(name))) for name in names if name is not None]
+    return [*states, str(files.refusals())] if None in names else states
+
+
 def picked_states(*names: str | None) -> list[str]:
     """The state of every file among the names that are picked in a node's widgets; None came through a link."""
     picked = [name for name in names if name not in (None, model.SAME_FILE, model.NONE)]

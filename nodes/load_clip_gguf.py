@@ -39,9 +39,7 @@ class LoadClipGguf(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name=None, **_others):
-        if clip_name is None:  # it comes through a link
-            return files.refusals()
-        return repr(files.file_state(files.text_encoder_path(clip_name)))
+        return inputs.text_encoder_fingerprint(clip_name)
 
     @classmethod
     def execute(cls, clip_name, type, device="default") -> io.NodeOutput:

@@ -49,9 +49,7 @@ class LoadDualClipGguf(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name1=None, clip_name2=None, **_others):
-        names = (clip_name1, clip_name2)
-        states = [repr(files.file_state(files.text_encoder_path(name))) for name in names if name is not None]
-        return [*states, str(files.refusals())] if None in names else states  # None comes through a link
+        return inputs.text_encoder_fingerprint(clip_name1, clip_name2)
 
     @classmethod
     def execute(cls, clip_name1, clip_name2, type, device="default") -> io.NodeOutput:
